@@ -38,7 +38,7 @@ del random, uuid, matplotlib, inline
 def kernel_env()->dict[str, str]:
     "The environment of a kernel: one thread, no model hub, the library of this checkout, and nbdev's exports do nothing."
     path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
-    return os.environ | dict(OMP_NUM_THREADS="1", HF_HUB_OFFLINE="1", TOKENIZERS_PARALLELISM="false", IN_TEST="1", PYTHONPATH=path)
+    return os.environ | dict(OMP_NUM_THREADS="1", HF_HUB_OFFLINE="1", TOKENIZERS_PARALLELISM="false", HF_DATASETS_DISABLE_PROGRESS_BARS="1", IN_TEST="1", PYTHONPATH=path)
 
 def prepared(path:Path)->nbformat.NotebookNode:
     "The notebook at `path` with the cells to skip tagged and the setup in front."
