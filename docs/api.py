@@ -5,6 +5,7 @@ import inspect
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property, partial
 from importlib import import_module
 
 from fastcore.docments import docments
@@ -35,10 +36,10 @@ class Entry:
         "The Sphinx directive that describes it."
         value = self.value
         if isinstance(value, type): return "exception" if issubclass(value, BaseException) else "class"
-        if isinstance(value, property): return "property"
+        if isinstance(value, (property, cached_property)): return "property"
         if isinstance(value, staticmethod): return "staticmethod"
         if isinstance(value, classmethod): return "classmethod"
-        if not callable(value): return "data"
+        if not (inspect.isroutine(value) or hasattr(value, "__wrapped__") or isinstance(value, partial)): return "data"
         return "method" if "." in self.name else "function"
 
 def public(name:str)->bool: return not name.startswith("_")
@@ -66,7 +67,10 @@ def _patched(node:ast.FunctionDef)->list[str]:
     "The classes that a `@patch` function joins: the annotation of its first argument."
     return [c.strip() for c in ast.unparse(node.args.args[0].annotation).split("|")]
 
-def _function(value): return value.fget if isinstance(value, property) else getattr(value, "__func__", value)
+def _function(value):
+    "The plain function behind a property or a method."
+    if isinstance(value, property): return value.fget
+    return value.func if isinstance(value, cached_property) else getattr(value, "__func__", value)
 
 class _Shown:
     "A default value that prints as `text`."
@@ -91,7 +95,8 @@ def signature(entry:Entry)->str:
     return str(inspect.Signature(params))
 
 def type_text(annotation)->str:
-    "`annotation` as one would write it, without the modules that everybody knows."
+    "`annotation` as one would write it, without the modules that everybody knows and without what `Annotated` adds."
+    if hasattr(annotation, "__metadata__"): annotation = annotation.__origin__
     text = annotation if isinstance(annotation, str) else inspect.formatannotation(annotation)
     return re.sub(r"\b(?:llm_scratch\.\w+|pathlib|collections\.abc|typing|datasets\.\w+|numpy)\.(?=[A-Za-z])", "", text)
 
@@ -101,12 +106,13 @@ def fields(entry:Entry, prose:Callable[[str], str])->list[str]:
     if entry.kind in ("data", "property") or not _has_signature(value): return []
     lines,docs = [],docments(value, full=True)
     for name,doc in docs.items():
+        help = next((h for m in getattr(doc.anno, "__metadata__", ()) if (h := getattr(m, "help", None))), "") # an option of the command line
         known = doc.anno is not inspect.Parameter.empty and doc.anno is not None
         if name == "return":
             if doc.docment: lines.append(f":returns: {prose(doc.docment)}")
             if known and (doc.docment or entry.kind != "class"): lines.append(f":rtype: {type_text(doc.anno)}")
         elif name not in ("self", "cls") and (doc.docment or known):
-            lines.append(f":param {name}: {prose(' '.join((doc.docment or '').split()))}")
+            lines.append(f":param {name}: {prose(' '.join((doc.docment or help).split()))}")
             if known: lines.append(f":type {name}: {type_text(doc.anno)}")
     return lines
 
@@ -117,4 +123,5 @@ def describe(entry:Entry, prose:Callable[[str], str])->str:
     if dataclasses.is_dataclass(value) and (doc or "").startswith(f"{value.__name__}("): doc = None # the one that Python makes up
     options = [f":{kind}:"] if kind in ("staticmethod", "classmethod") else []
     directive = "method" if options else kind
+    if kind == "data" and len(repr(value)) < 80 and " at 0x" not in repr(value): options.append(f":value: {value!r}")
     return "\n".join([f"````{{py:{directive}}} {entry.name}{signature(entry)}", *options, "", prose(doc or ""), "", *fields(entry, prose), "````"])

@@ -18,6 +18,7 @@ language = "en"
 extensions = ["myst_nb", "sphinx_design", "sphinx_copybutton"]
 suppress_warnings = ["mystnb.unknown_mime_type"]
 
+exclude_patterns = ["notebooks"] # the originals, offered for download
 nb_execution_mode = "off" # outputs are those stored in the notebooks
 nb_ipywidgets_js = {"widgets/embed.js": {}} # our copy, in place of two addresses elsewhere
 myst_enable_extensions = ["amsmath", "attrs_block", "attrs_inline", "colon_fence", "deflist", "dollarmath", "fieldlist", "tasklist"]
@@ -36,10 +37,11 @@ html_theme = "furo"
 html_theme_options = dict(
     light_css_variables={"color-brand-primary": "#7a3b10", "color-brand-content": "#9a4a12", "color-brand-visited": "#7d5a3c"},
     dark_css_variables={"color-brand-primary": "#f0b27a", "color-brand-content": "#f0b27a", "color-brand-visited": "#d0a07a"})
-html_static_path = ["_static"]
+html_static_path = ["_static"] # docs/build.py adds what comes from npm
+html_favicon = "_static/icon.svg"
 html_css_files = ["katex/katex.min.css", "custom.css"]
 html_copy_source = html_show_sourcelink = False
-pygments_style, pygments_dark_style = "friendly", "github-dark"
+pygments_style, pygments_dark_style = "default", "github-dark"
 
 # --- math ------------------------------------------------------------------------------------------------------
 
