@@ -1,0 +1,41 @@
+# Every command of the readme. Each makes what it needs first; PYTHON=python3.12 names another interpreter, VENV another folder.
+PYTHON ?= python3
+VENV ?= .venv
+BIN = $(VENV)/bin
+PIP = $(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt
+
+.PHONY: run test lab docs bench browser clean
+.DEFAULT_GOAL := run
+
+run: $(VENV)/.library ## train a model from scratch and write its scorecard, about ten minutes
+	$(BIN)/llm-scratch run --preset cpu $(ARGS)
+
+test: $(VENV)/.development browser ## every chapter, every test, the site
+	HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false $(BIN)/python -m pytest $(ARGS)
+
+lab: $(VENV)/.development ## the chapters in JupyterLab, on 127.0.0.1
+	$(BIN)/jupyter lab --ServerApp.ip=127.0.0.1 nbs/index.ipynb $(ARGS)
+
+docs: $(VENV)/.development ## the site, into _docs
+	$(BIN)/python docs/build.py $(ARGS)
+
+bench: $(VENV)/.development ## side by side with other libraries, one table
+	$(BIN)/python benchmarks/run.py $(ARGS)
+
+browser: ## what the browser tests need, where this machine lets us
+	@sh docs/browser.sh
+
+clean: ## what the commands made, but for the runs
+	rm -rf $(VENV) _docs docs/node_modules build dist *.egg-info .pytest_cache .hypothesis
+
+$(VENV)/bin/python:
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install -q --disable-pip-version-check --upgrade pip
+
+$(VENV)/.library: $(VENV)/bin/python settings.ini setup.py pyproject.toml constraints.txt
+	$(PIP) -e .
+	@touch $@
+
+$(VENV)/.development: $(VENV)/bin/python settings.ini setup.py pyproject.toml constraints.txt
+	$(PIP) -e '.[dev,docs,interchange]'
+	@touch $@ $(VENV)/.library

@@ -1,0 +1,185 @@
+"""Our code beside the tools that people use: one thread each, taking turns, A B A B.
+
+    python benchmarks/run.py                 five rounds; a few minutes
+    python benchmarks/run.py --rounds 9
+    python benchmarks/run.py --tiny          seconds: it shows that everything runs, and its numbers say nothing
+
+Each pair does its work once before it is timed, and what comes out must be the same. Prints one table in Markdown. A peer that is not installed
+leaves its rows out, and a line says so.
+"""
+import os
+
+if __name__ == "__main__": # before the libraries below start their threads
+    os.environ |= dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "RAYON_NUM_THREADS"), "1") | dict(TOKENIZERS_PARALLELISM="false", HF_HUB_OFFLINE="1")
+
+import argparse
+import gc
+import json
+import platform
+import re
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from importlib.metadata import version
+from importlib.util import find_spec
+from pathlib import Path
+from statistics import median
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent)) # this checkout, whichever is installed
+from llm_scratch.architecture import Decoder, ModelConfig, n_params, save_model  # noqa: E402
+from llm_scratch.core import UserError  # noqa: E402
+from llm_scratch.data import load_corpus, tiny_corpus  # noqa: E402
+from llm_scratch.generation import generate  # noqa: E402
+from llm_scratch.pretraining import add_gradients, make_optimizers  # noqa: E402
+from llm_scratch.tokenization import PATTERN, SPECIALS, Tokenizer, to_tokenizers_json, train_bpe  # noqa: E402
+
+@dataclass(frozen=True)
+class Sizes:
+    "How much work there is."
+    sources:tuple[str, ...]=("recipes", "parables") # of the text; none for the few recipes that come with the library
+    n_tokens:int=4096 # of the vocabulary to learn
+    cfg:ModelConfig=ModelConfig(vocab_size=2048, context_len=256, n_layers=4, n_heads=3, n_kv_heads=1, d_model=192, d_ff=512, d_head=64)
+    batch_size:int=8 # texts of a training step, each as long as the context
+    n_new:int=64 # tokens to write
+
+TINY = Sizes((), 400, Sizes.cfg.tiny(), batch_size=2, n_new=16)
+
+@dataclass(frozen=True)
+class Pair:
+    "Two ways to do the same work."
+    work:str # what is done, and how much of it
+    peer:str # whose way the second one is
+    ours:Callable[[], object]
+    theirs:Callable[[], object]
+    agree:Callable[[object, object], None] # takes both results; `AssertionError` when they differ
+
+# --- the pairs -------------------------------------------------------------------------------------------------
+
+def tokenizing(sizes:Sizes)->Iterator[Pair]:
+    "Learn a vocabulary; encode the text that it was learned from."
+    import tokenizers
+    from tokenizers import pre_tokenizers as pre
+    texts = list((load_corpus(sizes.sources) if sizes.sources else tiny_corpus())["text"])
+
+    def their_training()->tokenizers.Tokenizer:
+        tok = tokenizers.Tokenizer(tokenizers.models.BPE())
+        tok.pre_tokenizer = pre.Sequence([pre.Split(tokenizers.Regex(PATTERN), "isolated"), pre.ByteLevel(add_prefix_space=False, use_regex=False)])
+        tok.train_from_iterator(texts, tokenizers.trainers.BpeTrainer(vocab_size=sizes.n_tokens, special_tokens=list(SPECIALS),
+                                initial_alphabet=pre.ByteLevel.alphabet(), show_progress=False))
+        return tok
+    def same_vocabulary(ours:Tokenizer, theirs:tokenizers.Tokenizer)->None: # but for ties, which each breaks by its own ids
+        a,b = set(to_tokenizers_json(ours)["model"]["vocab"]),set(theirs.get_vocab())
+        if not len(a) == len(b) == sizes.n_tokens or len(a & b) < .99*len(a): raise AssertionError(f"vocabularies of {len(a)} and {len(b)} tokens share {len(a & b)}")
+    yield Pair(f"learn {sizes.n_tokens:,} tokens from {sum(len(t.encode()) for t in texts)/1e6:.1f} MB", "tokenizers",
+               lambda: train_bpe(texts, sizes.n_tokens), their_training, same_vocabulary)
+
+    tok = train_bpe(texts, sizes.n_tokens)
+    saved = json.dumps(to_tokenizers_json(tok))
+    def same_ids(ours:list, theirs:list)->None:
+        differing = [i for i,(a,b) in enumerate(zip(ours, theirs, strict=True)) if a != b]
+        if differing: raise AssertionError(f"{len(differing)} of {len(texts)} texts have other ids, the first is number {differing[0]}")
+    yield Pair("encode that text", "tokenizers", # both begin with an empty cache of words
+               lambda: list(Tokenizer(tok.merges, tok.specials).encode_batch(texts)),
+               lambda: [e.ids for e in tokenizers.Tokenizer.from_str(saved).encode_batch(texts)], same_ids)
+
+def random_model(cfg:ModelConfig)->Decoder:
+    "A decoder in which every matrix matters; a fresh one writes zeros to the stream."
+    model,rng = Decoder(cfg),torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for p in model.parameters():
+            if p.ndim == 2: p.normal_(0, p.shape[1]**-.5, generator=rng)
+    return model
+
+def modelling(sizes:Sizes)->Iterator[Pair]:
+    "Gradients of one batch; greedy text."
+    import transformers
+    transformers.utils.logging.disable_progress_bar()
+    cfg,ours = sizes.cfg,random_model(sizes.cfg)
+    with tempfile.TemporaryDirectory() as folder: theirs = transformers.Qwen3ForCausalLM.from_pretrained(save_model(ours, f"{folder}/model", eot_id=0))
+    ids = torch.randint(cfg.vocab_size, (sizes.batch_size, cfg.context_len), generator=torch.Generator().manual_seed(0))
+    targets = torch.cat([ids[:,1:], torch.full_like(ids[:,:1], -1)], 1) # what transformers makes of `labels=ids`
+
+    def our_gradients()->float:
+        ours.zero_grad()
+        return add_gradients(ours, ids, targets)[0]
+    def their_gradients()->float:
+        theirs.zero_grad()
+        loss = theirs(input_ids=ids, labels=ids, use_cache=False).loss
+        loss.backward()
+        return loss.item()
+    def same_gradients(a:float, b:float)->None:
+        torch.testing.assert_close(a, b, atol=1e-4, rtol=0, msg=lambda m: f"losses: {m}")
+        torch.testing.assert_close(ours.embed_tokens.weight.grad, theirs.get_input_embeddings().weight.grad, atol=1e-4, rtol=1e-3, msg=lambda m: f"gradients: {m}")
+    yield Pair(f"forward and backward, {n_params(cfg)/1e6:.2f}M weights, {ids.numel():,} tokens", "transformers", our_gradients, their_gradients, same_gradients)
+
+    prompt = ids[:1,:16]
+    options = dict(attention_mask=torch.ones_like(prompt), max_new_tokens=sizes.n_new, do_sample=False, use_cache=True, eos_token_id=None, pad_token_id=0)
+    yield Pair(f"write {sizes.n_new} tokens, greedy, with a cache", "transformers", lambda: generate(ours, prompt, sizes.n_new, temperature=0).tolist(),
+               lambda: theirs.generate(prompt, **options).tolist(), same_text)
+
+def same_text(ours:list, theirs:list)->None:
+    if ours != theirs: raise AssertionError(f"ids {ours} and {theirs}")
+
+def optimizing(sizes:Sizes)->Iterator[Pair]:
+    "One update of the matrices by Muon."
+    ours,rng = make_optimizers(random_model(sizes.cfg))[0],torch.Generator().manual_seed(0)
+    group, = ours.param_groups
+    for p in group["params"]: p.data.zero_(); p.grad = torch.randn(p.shape, generator=rng) # from zero: what stands there after a step is the step
+    copies = [torch.zeros_like(p) for p in group["params"]]
+    for p,copy in zip(group["params"], copies): copy.grad = p.grad.clone()
+    theirs = torch.optim.Muon(copies, lr=group["lr"], momentum=group["momentum"], weight_decay=0, ns_steps=3)
+
+    def same_step(_, __)->None: # theirs computes in bfloat16
+        for a,b in zip(group["params"], copies):
+            if not (a-b).norm() < .03*b.norm(): raise AssertionError(f"steps of a {tuple(a.shape)} matrix differ by {(a-b).norm()/b.norm():.1%}")
+    yield Pair(f"Muon step of {len(copies)} matrices", "torch.optim.Muon (bfloat16)", ours.step, theirs.step, same_step)
+
+PAIRS = {tokenizing:"tokenizers", modelling:"transformers", optimizing:"torch"} # and the package that each needs
+
+# --- the table -------------------------------------------------------------------------------------------------
+
+def cpu_seconds(do:Callable[[], object])->float: # of all threads of this process
+    gc.collect()
+    start = time.process_time()
+    result = do() # kept until the clock has been read: throwing it away is nobody's work
+    return time.process_time() - start
+
+def measure(pair:Pair, rounds:int)->list[tuple[float, float]]: # CPU-seconds of ours and theirs in each round
+    "Make sure that both do the same, then time them in turn."
+    try: pair.agree(pair.ours(), pair.theirs()) # which warms both up, too
+    except AssertionError as e: raise AssertionError(f"{pair.work}: ours and {pair.peer} differ, so there is nothing to compare: {e}") from None
+    return [(cpu_seconds(pair.ours), cpu_seconds(pair.theirs)) for _ in range(rounds)]
+
+def row(pair:Pair, times:list[tuple[float, float]])->str:
+    spread = lambda xs: f"{median(xs):.3g} ({min(xs):.3g}–{max(xs):.3g})"
+    ours,theirs = zip(*times)
+    return f"| {pair.work} | {pair.peer} | {spread(ours)} | {spread(theirs)} | {median(ours)/median(theirs):.2f} |"
+
+def machine()->str:
+    "The processor and the versions."
+    info = Path("/proc/cpuinfo").read_text(encoding="utf-8") if Path("/proc/cpuinfo").exists() else ""
+    name = m[1] if (m := re.search(r"^model name\s*: (.+)", info, re.M)) else platform.processor() or platform.machine()
+    bf16 = "with" if re.search(r"\b(avx512_|amx_)?bf16\b", info) else "without"
+    return ", ".join([f"{name} ({bf16} bfloat16 instructions)", f"Python {platform.python_version()}", *(f"{p} {version(p)}" for p in ("torch", "tokenizers", "transformers") if find_spec(p))])
+
+def main(argv:list[str]|None=None)->None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=5, metavar="N", help="how often each is timed")
+    parser.add_argument("--tiny", action="store_true", help="a few recipes and a tiny model")
+    args = parser.parse_args(argv)
+    if args.rounds < 1: parser.error(f"--rounds {args.rounds} measures nothing: give 1 or more")
+    print(f"{machine()}\n\nCPU-seconds on {torch.get_num_threads()} thread, median (least–most) of {args.rounds} rounds; a ratio below 1 means that ours needs less.\n")
+    print("| work | peer | ours | peer's | ours / peer's |\n|---|---|---|---|---|", flush=True)
+    skipped = []
+    for pairs,package in PAIRS.items():
+        try:
+            if find_spec(package) is None: raise UserError(f"{package} is not installed: pip install {package}")
+            for pair in pairs(TINY if args.tiny else Sizes()): print(row(pair, measure(pair, args.rounds)), flush=True)
+        except UserError as e: skipped.append(f"skipped {pairs.__name__}: {e}")
+    if skipped: print("", *skipped, sep="\n")
+
+if __name__ == "__main__": main()
