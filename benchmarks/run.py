@@ -21,9 +21,10 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from importlib.metadata import version
 from importlib.util import find_spec
+from operator import ne
 from pathlib import Path
 from statistics import median
 
@@ -57,6 +58,10 @@ class Pair:
     theirs:Callable[[], object]
     agree:Callable[[object, object], None] # takes both results; `AssertionError` when they differ
 
+def require(truth:bool, otherwise:str)->None:
+    "An `assert` that `python -O` keeps."
+    if not truth: raise AssertionError(otherwise)
+
 # --- the pairs -------------------------------------------------------------------------------------------------
 
 def tokenizing(sizes:Sizes)->Iterator[Pair]:
@@ -73,15 +78,13 @@ def tokenizing(sizes:Sizes)->Iterator[Pair]:
         return tok
     def same_vocabulary(ours:Tokenizer, theirs:tokenizers.Tokenizer)->None: # but for ties, which each breaks by its own ids
         a,b = set(to_tokenizers_json(ours)["model"]["vocab"]),set(theirs.get_vocab())
-        if not len(a) == len(b) == sizes.n_tokens or len(a & b) < .99*len(a): raise AssertionError(f"vocabularies of {len(a)} and {len(b)} tokens share {len(a & b)}")
-    yield Pair(f"learn {sizes.n_tokens:,} tokens from {sum(len(t.encode()) for t in texts)/1e6:.1f} MB", "tokenizers",
+        require(len(a) == len(b) == sizes.n_tokens and len(a & b) >= .99*len(a), f"vocabularies of {len(a)} and {len(b)} tokens share {len(a & b)}")
+    yield Pair(f"learn {sizes.n_tokens:,} tokens from {sum(len(t.encode()) for t in texts)/1e6:.2g} MB", "tokenizers",
                lambda: train_bpe(texts, sizes.n_tokens), their_training, same_vocabulary)
 
     tok = train_bpe(texts, sizes.n_tokens)
     saved = json.dumps(to_tokenizers_json(tok))
-    def same_ids(ours:list, theirs:list)->None:
-        differing = [i for i,(a,b) in enumerate(zip(ours, theirs, strict=True)) if a != b]
-        if differing: raise AssertionError(f"{len(differing)} of {len(texts)} texts have other ids, the first is number {differing[0]}")
+    def same_ids(ours:list, theirs:list)->None: require(ours == theirs, f"{sum(map(ne, ours, theirs))} of {len(texts)} texts have other ids")
     yield Pair("encode that text", "tokenizers", # both begin with an empty cache of words
                lambda: list(Tokenizer(tok.merges, tok.specials).encode_batch(texts)),
                lambda: [e.ids for e in tokenizers.Tokenizer.from_str(saved).encode_batch(texts)], same_ids)
@@ -119,23 +122,19 @@ def modelling(sizes:Sizes)->Iterator[Pair]:
     prompt = ids[:1,:16]
     options = dict(attention_mask=torch.ones_like(prompt), max_new_tokens=sizes.n_new, do_sample=False, use_cache=True, eos_token_id=None, pad_token_id=0)
     yield Pair(f"write {sizes.n_new} tokens, greedy, with a cache", "transformers", lambda: generate(ours, prompt, sizes.n_new, temperature=0).tolist(),
-               lambda: theirs.generate(prompt, **options).tolist(), same_text)
-
-def same_text(ours:list, theirs:list)->None:
-    if ours != theirs: raise AssertionError(f"ids {ours} and {theirs}")
+               lambda: theirs.generate(prompt, **options).tolist(), lambda a,b: require(a == b, f"ids {a} and {b}"))
 
 def optimizing(sizes:Sizes)->Iterator[Pair]:
     "One update of the matrices by Muon."
     ours,rng = make_optimizers(random_model(sizes.cfg))[0],torch.Generator().manual_seed(0)
     group, = ours.param_groups
     for p in group["params"]: p.data.zero_(); p.grad = torch.randn(p.shape, generator=rng) # from zero: what stands there after a step is the step
-    copies = [torch.zeros_like(p) for p in group["params"]]
+    moved,copies = [p.detach() for p in group["params"]],[torch.zeros_like(p) for p in group["params"]]
     for p,copy in zip(group["params"], copies): copy.grad = p.grad.clone()
     theirs = torch.optim.Muon(copies, lr=group["lr"], momentum=group["momentum"], weight_decay=0, ns_steps=3)
 
     def same_step(_, __)->None: # theirs computes in bfloat16
-        for a,b in zip(group["params"], copies):
-            if not (a-b).norm() < .03*b.norm(): raise AssertionError(f"steps of a {tuple(a.shape)} matrix differ by {(a-b).norm()/b.norm():.1%}")
+        for a,b in zip(moved, copies): require((a-b).norm() < .03*b.norm(), f"steps of a {tuple(a.shape)} matrix differ by {(a-b).norm()/b.norm():.1%}")
     yield Pair(f"Muon step of {len(copies)} matrices", "torch.optim.Muon (bfloat16)", ours.step, theirs.step, same_step)
 
 PAIRS = {tokenizing:"tokenizers", modelling:"transformers", optimizing:"torch"} # and the package that each needs

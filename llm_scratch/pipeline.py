@@ -336,7 +336,7 @@ def _figure(run:Run)->str:
     left.plot(range(width, width+len(smooth)), smooth); left.set(xlabel="update", ylabel="nats per token", title=f"training loss, mean of {width}")
     right.hist([len(t.encode("utf-8")) for t in texts], bins=40); right.set(xlabel="bytes", ylabel="documents", title="lengths of the training texts")
     out = io.StringIO()
-    with matplotlib.rc_context({"svg.hashsalt": "llm_scratch"}): fig.savefig(out, format="svg", metadata=dict(Date=None, Creator=None))
+    with matplotlib.rc_context({"svg.hashsalt": "llm_scratch"}): fig.savefig(out, format="svg", metadata=dict.fromkeys(("Date", "Creator", "Format", "Type")))
     return out.getvalue().partition("<svg")[2].join(["<svg", ""])
 
 def _facts(run:Run)->list[tuple[str, str]]:
@@ -464,7 +464,8 @@ def _console():
 def _track()->Watch:
     "Progress bars on standard error, gone when they are full."
     from rich.progress import track
-    return partial(track, console=_console(), transient=True)
+    console = _console()
+    return partial(track, console=console, transient=True, disable=not console.is_terminal)
 
 # %% ../nbs/12_pipeline.ipynb #1790cfbb
 def _documents(run:Run)->None:
@@ -481,7 +482,7 @@ def _training(run:Run)->None:
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
     console,n_steps,task,step,loss = _console(),run.preset.n_steps,None,None,None
     columns = TextColumn("pretrain"),BarColumn(),MofNCompleteColumn(),TextColumn("{task.description}"),TimeRemainingColumn()
-    with until_ctrl_c() as asked, Progress(*columns, console=console, transient=True) as bar, closing(pretrain(run)) as steps:
+    with until_ctrl_c() as asked, Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar, closing(pretrain(run)) as steps:
         begin = time.perf_counter()
         for step in steps:
             if task is None: task,first = bar.add_task("", total=n_steps, completed=step.n-1),step.n
@@ -497,8 +498,8 @@ def _evaluation(run:Run)->None:
     from rich.console import Console
     from rich.table import Table
     rows,out = evaluate_run(run, _track()),Console(highlight=False)
-    table = Table(*_COLUMNS, box=None)
-    for row in _table(rows): table.add_row(*row)
+    table = Table(box=None, show_header=False)
+    for _,figure,value,n,goal in _table(rows): table.add_row(figure, value, f"n = {n}", goal)
     out.print(table)
     for s in read_json(run.samples)[:2]: out.print(f"\n{s['text'].strip()}", markup=False)
     out.print(f"\nscorecard: {run.folder/'scorecard.html'}", soft_wrap=True)

@@ -1,0 +1,101 @@
+"The table of benchmarks/run.py has every row, and a peer that does other work is found out before it is timed. No test looks at a clock."
+import re
+import subprocess
+import sys
+from functools import partial
+from importlib.util import module_from_spec, spec_from_file_location
+from pathlib import Path
+
+import pytest
+import torch
+
+from llm_scratch.core import UserError
+
+SCRIPT = Path(__file__).resolve().parent.parent/"benchmarks"/"run.py"
+WORK = "learn 400 tokens", "encode that text", "forward and backward", "write 16 tokens", "Muon step"
+
+
+@pytest.fixture
+def bench():
+    spec = spec_from_file_location("benchmarks_run", SCRIPT)
+    module = sys.modules[spec.name] = module_from_spec(spec)  # dataclasses look their module up
+    spec.loader.exec_module(module)
+    yield module
+    del sys.modules[spec.name]
+
+
+def test_one_command_one_table():
+    pytest.importorskip("transformers")
+    done = subprocess.run([sys.executable, SCRIPT, "--rounds", "1", "--tiny"], capture_output=True, text=True, encoding="utf-8", timeout=200, check=False)
+    assert done.returncode == 0, done.stderr
+    head, legend, *_ = [line for line in done.stdout.splitlines() if line]
+    assert "torch" in head and "on 1 thread" in legend
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in done.stdout.splitlines() if line.startswith("|")][2:]
+    assert [r[0][:len(w)] for r, w in zip(rows, WORK, strict=True)] == list(WORK), done.stdout
+    for _, _, ours, theirs, ratio in rows:
+        assert all(re.fullmatch(r"([\d.e-]+) \(\1–\1\)", cell) for cell in (ours, theirs)) and float(ratio) > 0  # one round: least, median and most are one
+    assert "skipped" not in done.stdout
+
+
+# --- a peer that does other work ------------------------------------------------------------------------------------
+
+def learns_other_tokens(monkeypatch, bench):
+    import tokenizers
+    monkeypatch.setattr(tokenizers.trainers, "BpeTrainer", partial(tokenizers.trainers.BpeTrainer, min_frequency=30))
+
+
+def lacks_the_last_merge(monkeypatch, bench):
+    monkeypatch.setattr(bench, "to_tokenizers_json", lambda tok, real=bench.to_tokenizers_json: (full := real(tok)) | dict(model=full["model"] | dict(merges=full["model"]["merges"][:-1])))
+
+
+def has_another_weight(monkeypatch, bench):
+    transformers = pytest.importorskip("transformers")
+
+    def loaded(*args, real=transformers.Qwen3ForCausalLM.from_pretrained, **kwargs):
+        model = real(*args, **kwargs)
+        model.model.norm.weight.data *= 1.01
+        return model
+    monkeypatch.setattr(transformers.Qwen3ForCausalLM, "from_pretrained", loaded)
+
+
+def writes_another_word(monkeypatch, bench):
+    transformers = pytest.importorskip("transformers")
+    real = transformers.Qwen3ForCausalLM.generate
+    monkeypatch.setattr(transformers.Qwen3ForCausalLM, "generate", lambda *a, **k: real(*a, **k).index_fill(1, torch.tensor([-1]), 0))
+
+
+def makes_five_rounds(monkeypatch, bench):
+    monkeypatch.setattr(torch.optim, "Muon", lambda *a, real=torch.optim.Muon, **k: real(*a, **k | dict(ns_steps=5)))
+
+
+SPOILERS = learns_other_tokens, lacks_the_last_merge, has_another_weight, writes_another_word, makes_five_rounds
+
+
+@pytest.mark.parametrize("work, spoil", list(zip(WORK, SPOILERS)), ids=[s.__name__ for s in SPOILERS])
+def test_a_peer_that_does_other_work_is_not_timed(bench, monkeypatch, capsys, work, spoil):
+    spoil(monkeypatch, bench)
+    with pytest.raises(AssertionError, match=f"^{work}.*ours and .* differ"): bench.main(["--rounds", "1", "--tiny"])
+    assert f"| {work}" not in capsys.readouterr().out
+
+
+# --- what may be missing --------------------------------------------------------------------------------------------
+
+def test_a_peer_that_is_missing_leaves_its_rows_out(bench, monkeypatch, capsys):
+    monkeypatch.setattr(bench, "find_spec", lambda name: None if name == "transformers" else name)
+    bench.main(["--rounds", "1", "--tiny"])
+    out = capsys.readouterr().out
+    assert [w for w in WORK if f"| {w}" in out] == [WORK[0], WORK[1], WORK[4]]
+    assert out.splitlines()[-1] == "skipped modelling: transformers is not installed: pip install transformers"
+
+
+def test_text_that_cannot_be_fetched_leaves_its_rows_out(bench, monkeypatch, capsys):
+    def offline(names): raise UserError(f"could not fetch {', '.join(names)}")
+    monkeypatch.setattr(bench, "load_corpus", offline)
+    monkeypatch.setattr(bench, "PAIRS", {bench.tokenizing: "tokenizers"})
+    bench.main(["--rounds", "1"])
+    assert capsys.readouterr().out.splitlines()[-1] == "skipped tokenizing: could not fetch recipes, parables"
+
+
+def test_no_rounds_are_refused(bench, capsys):
+    with pytest.raises(SystemExit): bench.main(["--rounds", "0"])
+    assert "give 1 or more" in capsys.readouterr().err
