@@ -52,7 +52,7 @@ def atomic_path(
 # %% ../nbs/00_core.ipynb #ac00779a
 def write_json(
     path:str|Path, # replaced in one piece
-    value, # anything that JSON can hold
+    value:object, # anything that JSON can hold
 )->None:
     "Write `value` as indented JSON, whole or not at all."
     text = json.dumps(value, indent=2, ensure_ascii=False) + "\n" # before the file is touched: a value may not be JSON
@@ -61,7 +61,7 @@ def write_json(
 def read_json(
     path:str|Path, # a JSON file
     remedy:str="make it again", # what the user can do when it can't be read
-): # what was stored
+)->object: # what was stored
     "The value in a JSON file; `UserError` when it is missing or damaged."
     try: return json.loads(Path(path).read_text(encoding="utf-8"))
     except FileNotFoundError: raise UserError(f"{path} is missing: {remedy}") from None

@@ -77,7 +77,7 @@ def cpu(
     depth:int=4, # the dial
 )->Preset: # about ten minutes on two cores for the default depth
     "Recipes, and a model that learns to write them on a laptop."
-    return Preset("cpu", ("recipes",), n_validation=150, vocab_size=2048, depth=depth, context_len=256, batch_size=8, n_steps=560, n_samples=50, save_every=50)
+    return Preset("cpu", ("recipes",), n_validation=150, vocab_size=4096, depth=depth, context_len=256, batch_size=8, n_steps=480, n_samples=50, save_every=40)
 
 PRESETS = dict(cpu=cpu, tiny=lambda depth=1: replace(cpu().tiny(), depth=depth)) # name to a function of the depth
 
