@@ -148,7 +148,7 @@ class NGram:
         return len(self.levels)
 
     def prob(self,
-        context:Sequence[int], # what came before; the last `order-1` ids count
+        context:Sequence[int], # what came before; the last `order-1` ids count, and a document begins with that many `eot_id`
         token:int, # what may come next, below `vocab_size`
     )->float: # above 0
         "The probability that `token` comes next."
