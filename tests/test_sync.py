@@ -104,5 +104,5 @@ runpy.run_path({str(tmp_path/"setup.py")!r})
     assert (given["version"], given["author"]) == ("9.8.7", "Somebody Else")
     assert "numpy>=2.7" in given["install_requires"] and len(given["install_requires"]) == len(ini["requirements"].split())
     assert {"dev", "docs"} <= given["extras_require"].keys() and given["extras_require"]["dev"] == ini["dev_requirements"].split()
-    assert given["entry_points"]["console_scripts"] == ["llm-scratch=llm_scratch.pipeline:main"]
+    assert given["entry_points"]["console_scripts"] == ["llm-scratch=llm_scratch.__main__:main"]
     assert given["packages"] == ["llm_scratch"]
