@@ -14,7 +14,7 @@ test: $(VENV)/.development browser ## every chapter, every test, the site
 	HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false $(BIN)/python -m pytest $(ARGS)
 
 lab: $(VENV)/.development ## the chapters in JupyterLab, on 127.0.0.1
-	$(BIN)/jupyter lab --ServerApp.ip=127.0.0.1 nbs/index.ipynb $(ARGS)
+	$(BIN)/jupyter lab --ServerApp.ip=127.0.0.1 $(shell test `id -u` = 0 && echo --allow-root) nbs/index.ipynb $(ARGS)
 
 docs: $(VENV)/.development ## the site, into _docs
 	$(BIN)/python docs/build.py $(ARGS)

@@ -139,6 +139,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                       'llm_scratch.pipeline.Run': ('pipeline.html#run', 'llm_scratch/pipeline.py'),
                                       'llm_scratch.pipeline._about': ('pipeline.html#_about', 'llm_scratch/pipeline.py'),
                                       'llm_scratch.pipeline._begin': ('pipeline.html#_begin', 'llm_scratch/pipeline.py'),
+                                      'llm_scratch.pipeline._byte_docs': ('pipeline.html#_byte_docs', 'llm_scratch/pipeline.py'),
                                       'llm_scratch.pipeline._chat_verb': ('pipeline.html#_chat_verb', 'llm_scratch/pipeline.py'),
                                       'llm_scratch.pipeline._console': ('pipeline.html#_console', 'llm_scratch/pipeline.py'),
                                       'llm_scratch.pipeline._data_verb': ('pipeline.html#_data_verb', 'llm_scratch/pipeline.py'),

@@ -157,11 +157,11 @@ def prepare_tokens(
 )->Tokenizer: # of the run; the shards are in `run.tokens`
     "Step 4: learn a tokenizer and write the shards, or load it where that is done."
     if not run.documents.exists(): raise _missing(run, run.documents, "data")
-    if not run.tokenizer.exists(): save_tokenizer(train_bpe(load_documents(run.documents)["train"]["text"], run.preset.vocab_size), run.tokenizer)
+    if not run.tokenizer.exists(): save_tokenizer(train_bpe(load_documents(run.documents)["train"]["text"][:], run.preset.vocab_size), run.tokenizer)
     tok = load_tokenizer(run.tokenizer)
     for split in ("train", "validation"):
         if not (run.tokens/split).exists():
-            texts = load_documents(run.documents)[split]["text"]
+            texts = load_documents(run.documents)[split]["text"][:]
             write_shards(watch(tok.encode_batch(texts), f"encode {split}", len(texts)), run.tokens/split, tok.eot_id, tok.vocab_size, tok.digest)
     return tok
 
@@ -270,31 +270,36 @@ def write_texts(
 # %% ../nbs/12_pipeline.ipynb #93b34690
 def _row(step:str, name:str, result:Result, goal:str="")->dict: return dict(step=step, name=name, goal=goal) | asdict(result)
 
+def _byte_docs(texts:Iterable[str])->Iterator[list[int]]: return ([256, *t.encode("utf-8")] for t in texts)
+
 def _surprise(run:Run, model:Decoder, watch:Watch)->Iterator[dict]:
-    "Bits per byte of every source, of the model and of the 5-gram."
-    splits = load_documents(run.documents)
-    ngram = train_ngram(watch(_shards(run, "train").docs(), "count 5-grams", _shards(run, "train").n_docs), run.preset.vocab_size)
+    "Bits per byte of every source: of the model, of a 5-gram of bytes, and of a 5-gram of the model's own tokens."
+    splits,shards,held = load_documents(run.documents),_shards(run, "train"),_shards(run, "validation")
+    texts = splits["train"]["text"][:]
+    counted = dict(bytes=train_ngram(watch(_byte_docs(texts), "count bytes", len(texts)), 257),
+                   tokens=train_ngram(watch(shards.docs(), "count tokens", shards.n_docs), shards.vocab_size))
     for name in run.preset.sources:
-        docs,texts = zip(*((ids.tolist(), d["text"]) for ids,d in zip(_shards(run, "validation").docs(), splits["validation"]) if d["source"] == name))
-        n_bytes = [len(t.encode("utf-8")) for t in texts]
-        ours,theirs = ([x.sum() for x in nats] for nats in (token_nats(model, docs), ngram.token_nats(docs)))
+        docs,texts = zip(*((ids.tolist(), d["text"]) for ids,d in zip(held.docs(), splits["validation"]) if d["source"] == name))
+        n_bytes,ours,is_main = [len(t.encode("utf-8")) for t in texts],[x.sum() for x in token_nats(model, docs)],name == "recipes"
         yield _row("tokenize", f"bytes per token, {name}", ratio_of(n_bytes, [len(d)-1 for d in docs]))
-        yield _row("evaluate", f"bits per byte, {name}", bits_per_byte(ours, n_bytes), "below 1.25" if name == "recipes" else "")
-        yield _row("evaluate", f"bits per byte of a 5-gram, {name}", bits_per_byte(theirs, n_bytes))
-        share = ratio_of(ours, theirs)
-        yield _row("evaluate", f"bits saved over the 5-gram, {name}", replace(share, mean=1-share.mean), "at least 0.25" if name == "recipes" else "")
+        yield _row("evaluate", f"bits per byte, {name}", bits_per_byte(ours, n_bytes), "below 1.25" if is_main else "")
+        for unit,units in dict(bytes=_byte_docs(texts), tokens=docs).items():
+            theirs = [x.sum() for x in counted[unit].token_nats(units)]
+            share = ratio_of(ours, theirs)
+            yield _row("evaluate", f"bits per byte of a 5-gram of {unit}, {name}", bits_per_byte(theirs, n_bytes))
+            yield _row("evaluate", f"bits saved over it, {unit}, {name}", replace(share, mean=1-share.mean), "at least 0.25" if is_main and unit == "bytes" else "")
 
 # %% ../nbs/12_pipeline.ipynb #e9ac7730
 def _titles(run:Run)->list[str]:
     "First lines of held-out documents, as prompts."
-    texts = load_documents(run.documents)["validation"]["text"]
+    texts = load_documents(run.documents)["validation"]["text"][:]
     return [f"{t.partition(chr(10))[0]}\n\n" for t in texts if t.startswith("# ")][:run.preset.n_samples]
 
 def _writing(run:Run, model:Decoder, watch:Watch)->Iterator[dict]:
     "Form and novelty of samples; the samples are saved."
     splits,titles = load_documents(run.documents),_titles(run)
     texts = write_texts(model, load_tokenizer(run.tokenizer), titles, seed=run.seed, watch=watch, **SAMPLING)
-    train_texts,held_out = list(splits["train"]["text"]),list(splits["validation"]["text"][:len(texts)])
+    train_texts,held_out = splits["train"]["text"][:],splits["validation"]["text"][:len(texts)]
     copied = list(nearest(watch(texts, "look for copies", len(texts)), train_texts))
     write_json(run.samples, [dict(prompt=p, text=t, nearest=share) for p,t,(_,share) in zip(titles, texts, copied)])
     yield _row("evaluate", "samples in the form of a recipe", share_of(sum(map(looks_like_recipe, texts)), len(texts)), "at least 0.9")
@@ -328,7 +333,7 @@ def _figure(run:Run)->str:
     import io
     import matplotlib
     from matplotlib.figure import Figure
-    log,texts = read_log(run),load_documents(run.documents)["train"]["text"]
+    log,texts = read_log(run),load_documents(run.documents)["train"]["text"][:]
     width = max(1, len(log)//50)
     smooth = np.convolve([row["loss"] for row in log], np.ones(width)/width, "valid")
     fig = Figure(figsize=(8, 2.6), layout="constrained")
@@ -499,6 +504,7 @@ def _evaluation(run:Run)->None:
     from rich.table import Table
     rows,out = evaluate_run(run, _track()),Console(highlight=False)
     table = Table(box=None, show_header=False)
+    table.add_column(no_wrap=True)
     for _,figure,value,n,goal in _table(rows): table.add_row(figure, value, f"n = {n}", goal)
     out.print(table)
     for s in read_json(run.samples)[:2]: out.print(f"\n{s['text'].strip()}", markup=False)
