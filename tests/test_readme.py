@@ -78,6 +78,6 @@ def test_the_figures_of_the_readme_are_those_of_the_experiments():
     "The three seeds of the preset stand in nbs/results.json, as the runs wrote them; the documents quote their means."
     runs = json.loads((ROOT/"nbs"/"results.json").read_text(encoding="utf-8"))["cpu"]
     assert len(runs) >= 3 and len({r["seed"] for r in runs}) == len(runs)
-    for figure in ("bits per byte, recipes", "bits per byte of a 5-gram of bytes, recipes", "bits per byte of a 5-gram of tokens, recipes", "samples in the form of a recipe"):
+    for figure in ("bits per byte, recipes", "bits per byte, 5-gram of bytes, recipes", "bits per byte, 5-gram of tokens, recipes", "samples in the form of a recipe"):
         mean = sum(next(row["mean"] for row in r["results"] if row["name"] == figure) for r in runs)/len(runs)
         for name in ("README.md", "EXPERIMENTS.md"): assert f"{mean:.3f}" in TEXTS[name], f"{name} does not say {mean:.3f}, the mean of {figure}"
