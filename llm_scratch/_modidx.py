@@ -111,6 +111,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                         'llm_scratch.evaluation._windows': ('evaluation.html#_windows', 'llm_scratch/evaluation.py'),
                                         'llm_scratch.evaluation.bits_per_byte': ( 'evaluation.html#bits_per_byte',
                                                                                   'llm_scratch/evaluation.py'),
+                                        'llm_scratch.evaluation.counts_steps': ( 'evaluation.html#counts_steps',
+                                                                                 'llm_scratch/evaluation.py'),
                                         'llm_scratch.evaluation.looks_like_recipe': ( 'evaluation.html#looks_like_recipe',
                                                                                       'llm_scratch/evaluation.py'),
                                         'llm_scratch.evaluation.mean_of': ('evaluation.html#mean_of', 'llm_scratch/evaluation.py'),

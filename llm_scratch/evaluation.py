@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['Result', 'mean_of', 'share_of', 'ratio_of', 'bits_per_byte', 'token_nats', 'NGram', 'train_ngram',
-           'looks_like_recipe']
+           'looks_like_recipe', 'counts_steps']
 
 # %% ../nbs/07_evaluation.ipynb #f15a3776
 import math
@@ -188,8 +188,15 @@ _HEAD = re.compile(r"# \S.*\n\nIngredients:\n(?:- \S.*\n)+\nSteps:\n")
 def looks_like_recipe(
     text:str, # from its title on
 )->bool: # whether it has the form
-    "A title, a list of ingredients, and at least two steps numbered from 1 without a gap; the last line may be cut off."
+    "A title, a list of ingredients, and at least two numbered steps, the first of them 1; the last line may be cut off."
     if not (head := _HEAD.match(text)): return False
     lines = text[head.end():].split("\n")
-    is_step = [re.match(rf"{i}\. \S", line) is not None for i,line in enumerate(lines, 1)]
-    return all(is_step[:-1]) and sum(is_step) >= 2
+    is_step = [re.match(r"\d+\. \S", line) is not None for line in lines]
+    return lines[0].startswith("1. ") and all(is_step[:-1]) and sum(is_step) >= 2
+
+def counts_steps(
+    text:str, # a recipe
+)->bool: # whether its steps are 1, 2, 3 and so on
+    "Are the steps numbered without a gap? To have the form is easier than to count."
+    numbers = re.findall(r"^(\d+)\. \S", text.partition("\nSteps:\n")[2], re.M)
+    return numbers == [str(i) for i in range(1, len(numbers)+1)]

@@ -30,7 +30,7 @@ import typer
 from .architecture import Decoder, ModelConfig, init_weights, load_model, n_params, save_model, training_flops_per_token
 from .core import UserError, atomic_path, read_json, sha256_file, write_json
 from .data import SOURCES, cache_dir, load_corpus, load_documents, nearest, save_documents, split_corpus, tiny_corpus
-from .evaluation import Result, bits_per_byte, looks_like_recipe, mean_of, ratio_of, share_of, token_nats, train_ngram
+from .evaluation import Result, bits_per_byte, counts_steps, looks_like_recipe, mean_of, ratio_of, share_of, token_nats, train_ngram
 from .generation import Cache, sample, stream
 from .pretraining import Batches, Step, TrainState, checkpoints, load_checkpoint, make_optimizers, prune_checkpoints, save_checkpoint, train, wsd
 from .tokenization import Shards, Tokenizer, load_tokenizer, save_tokenizer, train_bpe, write_shards
@@ -309,6 +309,7 @@ def _writing(run:Run, model:Decoder, watch:Watch)->Iterator[dict]:
     copied = list(nearest(watch(texts, "look for copies", len(texts)), train_texts))
     write_json(run.samples, [dict(prompt=p, text=t, nearest=share) for p,t,(_,share) in zip(titles, texts, copied)])
     yield _row("evaluate", "samples in the form of a recipe", share_of(sum(map(looks_like_recipe, texts)), len(texts)), "at least 0.9")
+    yield _row("evaluate", "samples whose steps are counted without a gap", share_of(sum(looks_like_recipe(t) and counts_steps(t) for t in texts), len(texts)))
     yield _row("evaluate", "shared with the nearest training text, samples", mean_of([share for _,share in copied]), "like real ones")
     yield _row("evaluate", "shared with the nearest training text, real", mean_of([share for _,share in nearest(held_out, train_texts)]))
 

@@ -12,7 +12,7 @@ from hypothesis import given, settings, strategies as st
 from torch import nn
 
 from llm_scratch.data import recipe_text, tiny_corpus
-from llm_scratch.evaluation import Result, bits_per_byte, looks_like_recipe, mean_of, ratio_of, share_of, token_nats, train_ngram
+from llm_scratch.evaluation import Result, bits_per_byte, counts_steps, looks_like_recipe, mean_of, ratio_of, share_of, token_nats, train_ngram
 
 VOCAB = 11
 
@@ -250,7 +250,7 @@ def test_the_recipes_of_the_library_are_recipes(): assert all(map(looks_like_rec
 GOOD = "# Tea\n\nIngredients:\n- water\n- tea\n\nSteps:\n1. Boil.\n2. Pour.\n3. Wait.\n"
 
 
-@pytest.mark.parametrize("old, new", [("# Tea", "# "), ("# Tea\n", "# Tea"), ("Ingredients:", "Ingredients"), ("- water\n- tea\n", ""), ("- tea", "tea"), ("- tea", "- "), ("\nSteps", "Steps"), ("1. Boil", "0. Boil"), ("2. Pour", "3. Pour"),
+@pytest.mark.parametrize("old, new", [("# Tea", "# "), ("# Tea\n", "# Tea"), ("Ingredients:", "Ingredients"), ("- water\n- tea\n", ""), ("- tea", "tea"), ("- tea", "- "), ("\nSteps", "Steps"), ("1. Boil", "0. Boil"),
     ("2. Pour.\n", ""), ("2. Pour.\n3. Wait.\n", ""), ("2. Pour", "2 Pour"), ("2. Pour.", "2. "), ("Boil.\n", "Boil.\n\n"), ("Wait.\n", "Wait.\n\n"), ("Wait.\n", "Wait.\nEnjoy!\n"), ("# Tea", "Here is # Tea")])
 def test_what_is_no_recipe(old, new):
     assert looks_like_recipe(GOOD) and old in GOOD
@@ -259,3 +259,9 @@ def test_what_is_no_recipe(old, new):
 
 @pytest.mark.parametrize("end", ["", "4", "4.", "4. ", "4. Drin", "Enj"])
 def test_a_last_line_that_was_cut_off_does_not_matter(end): assert looks_like_recipe(GOOD + end)
+
+
+@pytest.mark.parametrize("old, new", [("1. Boil", "0. Boil"), ("2. Pour", "3. Pour"), ("2. Pour", "1. Pour"), ("3. Wait", "2. Wait")])
+def test_counting_is_another_question_than_the_form(old, new):
+    assert counts_steps(GOOD) and not counts_steps(GOOD.replace(old, new)) and all(map(counts_steps, tiny_corpus()["text"]))
+    assert looks_like_recipe(GOOD.replace(old, new)) == (not old.startswith("1."))
