@@ -135,6 +135,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                         'llm_scratch.generation._checked': ('generation.html#_checked', 'llm_scratch/generation.py'),
                                         'llm_scratch.generation._guess': ('generation.html#_guess', 'llm_scratch/generation.py'),
                                         'llm_scratch.generation._logits': ('generation.html#_logits', 'llm_scratch/generation.py'),
+                                        'llm_scratch.generation._rectangle': ('generation.html#_rectangle', 'llm_scratch/generation.py'),
                                         'llm_scratch.generation._speculate': ('generation.html#_speculate', 'llm_scratch/generation.py'),
                                         'llm_scratch.generation._write': ('generation.html#_write', 'llm_scratch/generation.py'),
                                         'llm_scratch.generation.acceptance': ('generation.html#acceptance', 'llm_scratch/generation.py'),

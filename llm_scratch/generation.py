@@ -192,20 +192,28 @@ def _write(model:Decoder, ids_BT:torch.Tensor, max_new_tokens:int, cache:Cache, 
         yield ids_BT[:,-1]
         if done_B.all(): return
 
-# %% ../nbs/02b_generation.ipynb #518300dc
+# %% ../nbs/02b_generation.ipynb #52a45483
+def _rectangle(model:Decoder, texts:torch.Tensor|Sequence)->tuple[torch.Tensor, torch.Tensor]: # ids `(B,T)`, filling `(B,)`
+    "Texts as `pad_left` gives them; a tensor is a rectangle already and has no filling."
+    if isinstance(texts, torch.Tensor): return texts, torch.zeros(len(texts), dtype=torch.int64)
+    return pad_left(texts, model.embed_tokens.weight.device)
+
+# %% ../nbs/02b_generation.ipynb #86fec896
 def _begin(model:Decoder, texts:torch.Tensor|Sequence, n_new:int, cache:Cache|None=None)->tuple[torch.Tensor, Cache]:
     "The texts as `(B,T)`, and a cache for them and `n_new` more; `ValueError` if they cannot fit."
-    weight,limit,most = model.embed_tokens.weight,"context_len",model.cfg.context_len
-    ids_BT,n_pad_B = pad_left(texts, weight.device) if not isinstance(texts, torch.Tensor) else (texts, torch.zeros(len(texts), dtype=torch.int64))
+    ids_BT,n_pad_B = _rectangle(model, texts)
     B,T = ids_BT.shape
+    limit,most = "context_len",model.cfg.context_len
     if cache is not None and cache.max_len < most: limit,most = "the cache's max_len",cache.max_len
     if T == 0: raise ValueError("the prompt has 0 tokens: give at least 1, such as the id that stands before every text")
     if T+n_new > most: raise ValueError(
         f"{T} tokens and max_new_tokens={n_new} make {T+n_new}, more than {limit}={most}: ask for at most {max(most-T, 0)}")
-    if cache is not None and (n_pad_B.any() or cache.k_LBGSK.shape[1] != B): raise ValueError(
-        f"a cache of {cache.k_LBGSK.shape[1]} rows does not fit {B} texts of {T} ids, {n_pad_B.tolist()} of them filling: fork it, or pass the ids as one tensor")
-    make = partial(PaddedCache, model.cfg, n_pad_B) if n_pad_B.any() else partial(Cache, model.cfg, B)
-    return ids_BT, cache or make(T+n_new, device=weight.device, dtype=weight.dtype)
+    if cache is None:
+        make,weight = partial(PaddedCache, model.cfg, n_pad_B) if n_pad_B.any() else partial(Cache, model.cfg, B),model.embed_tokens.weight
+        return ids_BT, make(T+n_new, device=weight.device, dtype=weight.dtype)
+    if n_pad_B.any() or cache.k_LBGSK.shape[1] != B: raise ValueError(
+        f"a cache of {cache.k_LBGSK.shape[1]} rows does not fit {B} texts with {n_pad_B.tolist()} ids of filling: fork it, or pass the ids as one tensor")
+    return ids_BT, cache
 
 # %% ../nbs/02b_generation.ipynb #a4d24456
 def stream(
@@ -233,9 +241,8 @@ def generate(
     **how:object, # as for `stream`: `stop_id`, `stops`, `adjust`, `cache`, and the dials of `sample`
 )->torch.Tensor: # `(B, T+new)`, the prompts, filled up on the left by `pad_left`, and what was written
     "Write whole texts: all that `stream` yields, behind the prompt."
-    ids_BT = texts if isinstance(texts, torch.Tensor) else pad_left(texts, model.embed_tokens.weight.device)[0]
     new = stream(model, texts, max_new_tokens, **how)
-    return torch.cat([ids_BT, *(ids_B[:,None] for ids_B in new)], 1)
+    return torch.cat([_rectangle(model, texts)[0], *(ids_B[:,None] for ids_B in new)], 1)
 
 # %% ../nbs/02b_generation.ipynb #e806bb49
 def penalize_repeats(
@@ -306,15 +313,17 @@ def _guess(draft:Decoder, ids_1T:torch.Tensor, cache:Cache, n:int, rng:torch.Gen
         ids_1T = torch.cat((ids_1T, torch.multinomial(q[-1], 1, generator=rng)), 1)
     return ids_1T, torch.cat(q)
 
-# %% ../nbs/02b_generation.ipynb #6b8afb43
+# %% ../nbs/02b_generation.ipynb #d64fa6a6
 def _checked(model:Decoder, ids_1S:torch.Tensor, q_GV:torch.Tensor, cache:Cache, rng:torch.Generator|None, dials:dict)->torch.Tensor: # `(n,)`, 1 to `G+1` ids
     "What the target keeps of the last `G` ids, and one of its own."
     G = len(q_GV)
-    p_NV,guess_G = next_probs(_logits(model, ids_1S, cache)[0,-G-1:], **dials),ids_1S[0,-G:] if G else ids_1S[0,:0]
+    p_NV = next_probs(_logits(model, ids_1S, cache)[0,-G-1:], **dials)
+    guess_G = ids_1S[0,ids_1S.shape[1]-G:]
     keep_G,rest_NV = acceptance(p_NV, q_GV, guess_G)
     n = (torch.rand(G, generator=rng, device=keep_G.device) < keep_G).long().cumprod(0).sum()
     return torch.cat((guess_G[:n], torch.multinomial(rest_NV[n], 1, generator=rng)))
 
+# %% ../nbs/02b_generation.ipynb #a826a8a5
 def _speculate(model:Decoder, draft:Decoder, ids_1T:torch.Tensor, end:int, n_draft:int, caches:tuple, stop_id:int|None, rng:torch.Generator|None, dials:dict)->Iterator[torch.Tensor]:
     "The loop behind `speculate`: until the text has `end` ids or stops, guess and check."
     while (T := ids_1T.shape[1]) < end:

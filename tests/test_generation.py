@@ -354,14 +354,14 @@ def test_greedy_drafts_change_nothing(model, ids, n_draft):
 @pytest.mark.parametrize("n_draft", [1, 4])
 def test_drafted_texts_are_distributed_as_the_targets(small, n_draft):
     target, draft = small
-    start, rng, n = [0, 2], torch.Generator().manual_seed(n_draft), 1000
+    start, rng, n = [0, 2], torch.Generator().manual_seed(n_draft), 700
     drawn = torch.stack([torch.cat(list(speculate(target, draft, torch.tensor([start]), 3, n_draft=n_draft, rng=rng))) for _ in range(n)])
     counts = torch.bincount(drawn @ torch.tensor([9, 3, 1]), minlength=27)
     chi_square = lambda prob: ((counts - n*prob)**2 / (n*prob)).sum().item()
     assert chi_square(probs_after(target, start, 3)) < 54.1  # 26 degrees of freedom, once in a thousand
     assert chi_square(probs_after(draft, start, 3)) > 200
     apart = lambda model: (counts/n - probs_after(model, start, 3)).abs().sum().item()/2
-    assert apart(target) < .1 < .2 < apart(draft)
+    assert apart(target) < .12 < .2 < apart(draft)
 
 
 def test_the_dials_hold_for_drafts(small):
@@ -369,9 +369,9 @@ def test_the_dials_hold_for_drafts(small):
     rng = torch.Generator().manual_seed(0)
     start = torch.tensor([[1]])
     allowed = next_probs(torch.as_tensor(probs_after(target, [1], 1)).log()[None], .7, top_k=2)[0]
-    first = torch.cat([next(iter(speculate(target, draft, start, 4, temperature=.7, top_k=2, rng=rng)))[:1] for _ in range(600)])
-    share = torch.bincount(first, minlength=3)/600
-    assert (share[allowed == 0] == 0).all() and (share-allowed).abs().max() < .07
+    first = torch.cat([next(iter(speculate(target, draft, start, 4, temperature=.7, top_k=2, rng=rng)))[:1] for _ in range(300)])
+    share = torch.bincount(first, minlength=3)/300
+    assert (share[allowed == 0] == 0).all() and (share-allowed).abs().max() < .1
 
 
 def test_drafts_that_cannot_help_are_refused(model, small, ids):
@@ -384,3 +384,11 @@ def test_rules_and_drafts_leave_gradients_on(model, ids):
     with torch.enable_grad():
         for new in speculate(model, model, ids[:1], 4): assert torch.is_grad_enabled() and not new.requires_grad
         for new in stream(model, [[1, 2], [3]], 3, adjust=partial(penalize_repeats, penalty=1.5), min_p=.1): assert torch.is_grad_enabled()
+
+
+def test_everyone_sees_something_and_nobody_sees_filling():
+    "Softmax over nothing is 0/0, whatever today's kernel makes of it."
+    n_pad, nothing = torch.tensor([0, 3, 1]), torch.zeros(3, CFG.n_kv_heads, 4, CFG.d_head)
+    sees = PaddedCache(CFG, n_pad, 4).update(0, nothing, nothing)[2]
+    expected = [[[s == t or pad <= s < t for s in range(4)] for t in range(4)] for pad in n_pad.tolist()]
+    assert sees.tolist() == expected and sees.any(-1).all()
