@@ -38,8 +38,10 @@ def fused_attend(
     q_BHTK:torch.Tensor, # queries of the last `T` positions
     k_BGSK:torch.Tensor, # keys of all `S >= T` positions; `G` divides `H`
     v_BGSK:torch.Tensor, # values of the same positions
+    sees_BTS:torch.Tensor|None=None, # which position each query may see, bool; None: itself and the past
 )->torch.Tensor: # `(B,H,T,K)`, equal to `attend` up to rounding
     "`attend` by PyTorch's fused kernel, which keeps no table of scores."
+    if sees_BTS is not None: return F.scaled_dot_product_attention(q_BHTK, k_BGSK, v_BGSK, sees_BTS[:,None], enable_gqa=True)
     T,S = q_BHTK.shape[2],k_BGSK.shape[2]
     whole,one = T == S,T == 1 # the whole text has the square mask; one new token sees everything
     mask_TS = None if whole or one else torch.ones(T, S, dtype=torch.bool, device=q_BHTK.device).tril(S-T)
@@ -125,7 +127,7 @@ class Attention(nn.Module):
         cfg:ModelConfig, # the sizes
         layer:int, # which layer this is, the key under which a cache remembers it
         *,
-        mix:Callable=fused_attend, # `(q,k,v)` to means of values
+        mix:Callable=fused_attend, # `(q,k,v)`, and what a cache adds to them, to means of values
         norm:Callable=RMSNorm, # called with a width and an epsilon
     ):
         super().__init__()
@@ -144,8 +146,8 @@ class Attention(nn.Module):
         q = rope(self.q_norm(heads(self.q_proj)).transpose(1, 2), *rotation)
         k = rope(self.k_norm(heads(self.k_proj)).transpose(1, 2), *rotation)
         v = heads(self.v_proj).transpose(1, 2)
-        if cache is not None: k,v = cache.update(self.layer, k, v)
-        return self.o_proj(self.mix(q, k, v).transpose(1, 2).flatten(2))
+        kv = (k, v) if cache is None else cache.update(self.layer, k, v)
+        return self.o_proj(self.mix(q, *kv).transpose(1, 2).flatten(2))
 
 # %% ../nbs/02_architecture.ipynb #35d425c8
 class Block(nn.Module):

@@ -1,12 +1,16 @@
-"Writing against transformers, and properties of sampling over many inputs."
+"Writing against transformers, and properties of sampling, caches, beams and drafts over many inputs."
 from dataclasses import replace
+from functools import partial
+from itertools import product
 
 import pytest
 import torch
 from hypothesis import given, settings, strategies as st
 
 from llm_scratch.architecture import Decoder, ModelConfig, save_model
-from llm_scratch.generation import Cache, generate, keep_top_k, keep_top_p, sample, stream
+from llm_scratch.generation import (
+    Cache, PaddedCache, acceptance, beam_search, ends_with, generate, keep_min_p, keep_top_k, keep_top_p, logprobs, next_probs, pad_left,
+    penalize_repeats, sample, speculate, stream)
 
 CFG = ModelConfig(vocab_size=131, context_len=64, n_layers=3, n_heads=4, n_kv_heads=2, d_model=40, d_ff=72, d_head=16)
 
@@ -92,3 +96,299 @@ def test_samples_are_ids_that_both_filters_keep(z, temperature, k, p):
     assert got.dtype == torch.int64 and got.shape == (20,)
     allowed = set(range(z.shape[1])) if k is None else set(z.argsort(descending=True)[0, :k].tolist())
     if k is None or len(set(z[0].tolist())) == z.shape[1]: assert set(got.tolist()) <= allowed
+
+
+# --- rules -------------------------------------------------------------------------------------------------------
+
+@settings(max_examples=60, deadline=None)
+@given(logits, st.floats(0, 1))
+def test_min_p_keeps_what_transformers_keeps(z, p):
+    from transformers.generation.logits_process import MinPLogitsWarper
+    kept = keep_min_p(z, p)
+    assert torch.equal(kept, MinPLogitsWarper(p)(None, z.clone()))
+    assert kept.max() == z.max() and torch.equal(kept[kept.isfinite()], z[kept.isfinite()])
+
+
+@settings(max_examples=60, deadline=None)
+@given(logits, st.lists(st.integers(0, 1), min_size=1, max_size=5), st.floats(.5, 3))
+def test_repeats_are_penalized_as_in_transformers(z, said, penalty):
+    from transformers.generation.logits_process import RepetitionPenaltyLogitsProcessor
+    text = torch.tensor([said])
+    assert torch.allclose(penalize_repeats(z, text, penalty), RepetitionPenaltyLogitsProcessor(penalty)(text, z.clone()))
+    assert torch.equal(penalize_repeats(z, torch.cat((text, text), 1), penalty), penalize_repeats(z, text, penalty))  # whether, not how often
+
+
+@settings(max_examples=40, deadline=None)
+@given(logits, st.floats(0, 5), st.one_of(st.none(), st.integers(1, 9)), st.one_of(st.none(), st.floats(.01, 1)), st.one_of(st.none(), st.floats(0, 1)))
+def test_samples_come_from_next_probs(z, temperature, k, p, min_p):
+    prob = next_probs(z, temperature, k, p, min_p)
+    assert abs(prob.sum().item() - 1) < 1e-5 and prob[0, z.argmax()] == prob.max()
+    assert (prob[0, sample(z.expand(50, -1), temperature, k, p, torch.Generator().manual_seed(0), min_p=min_p)] > 0).all()
+
+
+def test_a_rule_sees_the_whole_text_and_comes_before_the_dials(model, ids):
+    seen = []
+    def rule(logits, text):
+        seen.append(text.tolist())
+        return torch.full_like(logits, -1e9).index_fill(1, torch.tensor(len(seen)), 0)
+    out = generate(model, ids, 4, adjust=rule, top_k=1)
+    assert out[:, 7:].tolist() == [[1, 2, 3, 4]]*3
+    assert seen == [out[:, :n].tolist() for n in (7, 8, 9, 10)]
+
+
+# --- prompts of different lengths ----------------------------------------------------------------------------------
+
+lengths = st.lists(st.integers(1, 12), min_size=1, max_size=5)
+
+
+def prompts_of(lengths): return [torch.randint(131, (n,), generator=torch.Generator().manual_seed(i)) for i, n in enumerate(lengths)]
+
+
+@settings(max_examples=25, deadline=None)
+@given(lengths, st.integers(0, 11), st.integers(0, 130))
+def test_every_row_scores_as_it_would_alone(model, lengths, cut, fill):
+    texts = prompts_of(lengths)
+    padded, n_pad = pad_left(texts)
+    T = padded.shape[1]
+    assert T == max(lengths) and n_pad.tolist() == [T-n for n in lengths]
+    padded = torch.where(torch.arange(T) < n_pad[:, None], fill, padded)
+    cache = PaddedCache(CFG, n_pad, T)
+    with torch.no_grad():
+        got = torch.cat([model(part, cache) for part in (padded[:, :cut], padded[:, cut:]) if part.shape[1]], 1)
+        assert got.isfinite().all()
+        for row, text in zip(got, texts): torch.testing.assert_close(row[T-len(text):], model(text[None])[0], atol=1e-4, rtol=1e-4)
+
+
+@settings(max_examples=15, deadline=None)
+@given(lengths)
+def test_every_row_writes_as_it_would_alone(model, lengths):
+    texts = prompts_of(lengths)
+    for how in (dict(temperature=0), dict(temperature=0, adjust=penalize_repeats)):
+        together = generate(model, texts, 10, **how)
+        assert together.shape == (len(texts), max(lengths)+10)
+        for row, text in zip(together.tolist(), texts): assert row[-10-len(text):] == generate(model, text[None], 10, **how)[0].tolist()
+
+
+def test_transformers_agrees_on_padded_prompts(model, tmp_path):
+    transformers = pytest.importorskip("transformers")
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(save_model(model, tmp_path/"model", eot_id=0))
+    padded, n_pad = pad_left(prompts_of([3, 9, 1, 6]))
+    mask = (torch.arange(9) >= n_pad[:, None]).long()
+    expected = theirs.generate(padded, attention_mask=mask, max_new_tokens=20, do_sample=False, eos_token_id=None)
+    assert generate(model, prompts_of([3, 9, 1, 6]), 20, temperature=0).tolist() == expected.tolist()
+
+
+def test_lists_say_what_is_wrong_with_them(model):
+    with pytest.raises(ValueError, match=r"lengths \[2, 0\]: a text has 0 tokens"): generate(model, [[1, 2], []], 3)
+    with pytest.raises(ValueError, match="a text has 0 tokens"): generate(model, [], 3)
+    with pytest.raises(ValueError, match="62 tokens and max_new_tokens=3 make 65, more than context_len=64"): generate(model, [[1], [1]*62], 3)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_padding_in_every_dtype(dtype):
+    torch.manual_seed(0)
+    assert generate(Decoder(replace(CFG, n_layers=1)).to(dtype), [[1, 2, 3], [4]], 5).shape == (2, 8)
+
+
+# --- caches that go on -----------------------------------------------------------------------------------------------
+
+@settings(max_examples=25, deadline=None)
+@given(lengths, st.data())
+def test_a_fork_goes_on_as_its_row_would(model, lengths, data):
+    rows = data.draw(st.lists(st.integers(0, len(lengths)-1), min_size=1, max_size=6))
+    texts, more = prompts_of(lengths), torch.randint(131, (len(rows), 3), generator=torch.Generator().manual_seed(9))
+    padded, n_pad = pad_left(texts)
+    cache = PaddedCache(CFG, n_pad, padded.shape[1]+3) if n_pad.any() else Cache(CFG, len(texts), padded.shape[1]+3)
+    with torch.no_grad():
+        model(padded, cache)
+        fork = cache.fork(rows)
+        got = model(more, fork)
+        for g, r, m in zip(got, rows, more): torch.testing.assert_close(g, model(torch.cat((texts[r], m))[None])[0, -3:], atol=1e-4, rtol=1e-4)
+    assert cache.past == padded.shape[1] and (cache.k_LBGSK[:, :, :, cache.past:] == 0).all()  # nothing was written into the original
+
+
+def test_a_cache_reads_only_what_is_new(model, ids):
+    seen, cache, text = [], Cache(CFG, 3, 64), ids
+    hook = model.register_forward_pre_hook(lambda module, given: seen.append(given[0].shape[1]))
+    for turn in range(3):
+        text = torch.cat((text, ids[:, :4]), 1)
+        text = generate(model, text, 6, temperature=0, cache=cache)
+    assert seen == [11, *[1]*5, 5, *[1]*5, 5, *[1]*5]
+    hook.remove()
+    anew = ids
+    for turn in range(3): anew = generate(model, torch.cat((anew, ids[:, :4]), 1), 6, temperature=0)
+    assert text.tolist() == anew.tolist()
+    assert generate(model, text, 5, temperature=0, cache=cache).tolist() == generate(model, text, 5, temperature=0).tolist()
+    assert generate(model, anew[:, :20], 5, temperature=0, cache=cache).tolist() == generate(model, anew[:, :20], 5, temperature=0).tolist()  # a shorter text
+
+
+def test_a_cache_that_does_not_fit_is_refused_at_once(model, ids):
+    with pytest.raises(ValueError, match="a cache of 1 rows does not fit 3 texts"): stream(model, ids, 3, cache=Cache(CFG, 1, 64))
+    with pytest.raises(ValueError, match="a cache of 2 rows does not fit 2 texts"): stream(model, [[1], [2, 3]], 3, cache=Cache(CFG, 2, 64))
+    with pytest.raises(ValueError, match="more than the cache's max_len=9: ask for at most 2"): stream(model, ids, 3, cache=Cache(CFG, 3, 9))
+
+
+# --- stops and scores ------------------------------------------------------------------------------------------------
+
+@settings(max_examples=40, deadline=None)
+@given(st.lists(st.lists(st.integers(0, 2), min_size=6, max_size=6), min_size=1, max_size=4), st.lists(st.integers(0, 2), min_size=1, max_size=8))
+def test_ends_with_is_what_lists_say(rows, tail):
+    assert ends_with(torch.tensor(rows), tail).tolist() == [row[-len(tail):] == tail for row in rows]
+
+
+def test_several_ids_in_a_row_stop_a_text(model, ids):
+    free = generate(model, ids, 30, temperature=0)
+    stop = free[0, 10:13].tolist()
+    first = next(i for i in range(7, 35) if free[0, i:i+3].tolist() == stop) + 3
+    alone = generate(model, ids[:1], 30, temperature=0, stops=[[130, 130, 129], stop])
+    assert alone.tolist() == free[:1, :first].tolist()
+    together = generate(model, ids, 30, temperature=0, stops=[stop])
+    assert set(together[0, first:].tolist()) <= {stop[-1]}
+    forced = lambda id: lambda logits, text: torch.full_like(logits, -1e9).index_fill(1, torch.tensor(id), 0)
+    told = torch.cat((ids[:1], torch.tensor([[5]])), 1)
+    assert generate(model, told, 6, temperature=0, adjust=forced(5), stops=[[5, 5]]).shape[1] == 10  # the prompt's own 5 does not count
+    with pytest.raises(ValueError, match="0 ids"): generate(model, ids, 3, stops=[[]])
+
+
+def test_logprobs_are_the_models(model, ids):
+    got = logprobs(model, ids)
+    with torch.no_grad(): logits = model(ids)
+    for b, t in product(range(3), range(6)): torch.testing.assert_close(got[b, t], logits[b, t].log_softmax(-1)[ids[b, t+1]], atol=1e-5, rtol=1e-5)
+    texts = prompts_of([4, 9, 1])
+    together = logprobs(model, texts)
+    assert together.shape == (3, 8)
+    for row, text in zip(together, texts):
+        torch.testing.assert_close(row[9-len(text):], logprobs(model, text[None])[0], atol=1e-4, rtol=1e-4)
+        assert (row[:9-len(text)] == 0).all()
+
+
+# --- beams -----------------------------------------------------------------------------------------------------------
+
+@pytest.fixture(scope="module")
+def small():
+    "Two decoders of three ids that disagree."
+    models = []
+    for seed in (0, 1):
+        model, rng = Decoder(replace(CFG, vocab_size=3, n_layers=1)), torch.Generator().manual_seed(seed)
+        with torch.no_grad():
+            for p in model.parameters(): p.copy_(.3 * torch.randn(p.shape, generator=rng))
+        models.append(model)
+    return models
+
+
+def texts_of(n, stop, said=()):
+    "Every text of `n` ids, or of fewer with `stop` at the end."
+    if len(said) == n or (said and said[-1] == stop): return [said]
+    return [t for v in range(3) for t in texts_of(n, stop, (*said, v))]
+
+
+@pytest.mark.parametrize("stop", [None, 0, 1, 2])
+def test_a_wide_beam_finds_every_text(small, stop):
+    start = torch.tensor([[2, 0, 1]])
+    ways = sorted(((logprobs(small[0], torch.cat((start, torch.tensor([t])), 1))[0, 2:].sum().item(), t) for t in texts_of(5, stop)), reverse=True)
+    texts, nats = beam_search(small[0], start, 5, 500, stop_id=stop)
+    assert len(texts) == len(ways)
+    torch.testing.assert_close(nats, torch.tensor([p for p, _ in ways]), atol=1e-4, rtol=1e-4)
+    assert abs(nats.exp().sum().item() - 1) < 1e-4
+    full = lambda t: [2, 0, 1, *t, *[stop]*(5-len(t))]
+    assert sorted(texts.tolist()) == sorted(full(t) for _, t in ways) and texts[0].tolist() == full(ways[0][1])
+
+
+def test_a_beam_of_one_is_greedy_and_beams_are_sorted(model, ids):
+    for row in ids:
+        assert beam_search(model, row[None], 20, 1)[0].tolist() == generate(model, row[None], 20, temperature=0).tolist()
+        texts, nats = beam_search(model, row[None], 8, 6)
+        assert nats.tolist() == sorted(nats.tolist(), reverse=True)
+        torch.testing.assert_close(logprobs(model, texts)[:, 6:].sum(1), nats, atol=1e-4, rtol=1e-4)
+    with pytest.raises(ValueError, match="width=0"): beam_search(model, ids[:1], 3, 0)
+
+
+def test_a_beam_stops_when_all_have_stopped(small):
+    stop = beam_search(small[0], torch.tensor([[0]]), 1, 1)[0][0, 1].item()
+    assert beam_search(small[0], torch.tensor([[0]]), 20, 1, stop_id=stop)[0].tolist() == [[0, stop]]
+
+
+# --- drafts ----------------------------------------------------------------------------------------------------------
+
+def probs_after(model, start, n):
+    "Probability of every text of `n` ids behind `start`, in the order of `product`."
+    every = torch.tensor(list(product(range(3), repeat=n)))
+    return logprobs(model, torch.cat((torch.tensor([start]).expand(len(every), -1), every), 1))[:, len(start)-1:].sum(1).exp().double()
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.integers(0, 9999), st.integers(0, 3), st.booleans())
+def test_kept_and_replaced_guesses_have_the_targets_distribution(seed, n_draft, greedy):
+    "By adding up every way in which a pass can go, for tables that depend on everything said so far."
+    rng = torch.Generator().manual_seed(seed)
+    make = lambda: {text: next_probs(torch.randn(1, 3, generator=rng).double()*3, temperature=0 if greedy else 1)[0] for n in range(4) for text in product(range(3), repeat=n)}
+    p, q = make(), make()
+    chain = lambda table, text, start=0: torch.stack([torch.ones(()).double(), *(table[text[:i]][text[i]] for i in range(start, len(text)))]).prod()
+    got = dict.fromkeys(product(range(3), repeat=n_draft+1), 0.)
+    for guess in product(range(3), repeat=n_draft):
+        said = chain(q, guess)
+        if said == 0: continue
+        keep, rest = acceptance(torch.stack([p[guess[:i]] for i in range(n_draft+1)]),
+            torch.stack([q[guess[:i]] for i in range(n_draft)]) if n_draft else torch.empty(0, 3).double(), torch.tensor(guess, dtype=torch.int64))
+        assert keep.shape == (n_draft,) and (keep <= 1).all() and torch.allclose(rest.sum(-1), torch.ones(n_draft+1).double())
+        for n in range(n_draft+1):
+            here = said * keep[:n].prod() * (1-keep[n] if n < n_draft else 1)
+            for text in got:
+                if text[:n] == guess[:n]: got[text] += (here * rest[n, text[n]] * chain(p, text, n+1)).item()
+    for text, prob in got.items(): assert abs(prob - chain(p, text).item()) < 1e-9
+
+
+@pytest.mark.parametrize("n_draft", [0, 1, 3, 7])
+def test_greedy_drafts_change_nothing(model, ids, n_draft):
+    plain = generate(model, ids[:1], 57, temperature=0)[0, 7:]  # to the end of the context
+    stranger = Decoder(replace(CFG, n_layers=1))
+    for draft, passes in ((model, -(-57//(n_draft+1))), (stranger, None)):
+        parts = list(speculate(model, draft, ids[:1], 57, n_draft=n_draft, temperature=0))
+        assert torch.cat(parts).tolist() == plain.tolist() and all(1 <= len(x) <= n_draft+1 for x in parts)
+        if passes: assert len(parts) == passes
+    stop = plain[9].item()
+    stopped = torch.cat(list(speculate(model, model, ids[:1], 57, n_draft=n_draft, temperature=0, stop_id=stop))).tolist()
+    assert stopped == plain[:plain.tolist().index(stop)+1].tolist()
+
+
+@pytest.mark.parametrize("n_draft", [1, 4])
+def test_drafted_texts_are_distributed_as_the_targets(small, n_draft):
+    target, draft = small
+    start, rng, n = [0, 2], torch.Generator().manual_seed(n_draft), 700
+    drawn = torch.stack([torch.cat(list(speculate(target, draft, torch.tensor([start]), 3, n_draft=n_draft, rng=rng))) for _ in range(n)])
+    counts = torch.bincount(drawn @ torch.tensor([9, 3, 1]), minlength=27)
+    chi_square = lambda prob: ((counts - n*prob)**2 / (n*prob)).sum().item()
+    assert chi_square(probs_after(target, start, 3)) < 54.1  # 26 degrees of freedom, once in a thousand
+    assert chi_square(probs_after(draft, start, 3)) > 200
+    apart = lambda model: (counts/n - probs_after(model, start, 3)).abs().sum().item()/2
+    assert apart(target) < .12 < .2 < apart(draft)
+
+
+def test_the_dials_hold_for_drafts(small):
+    target, draft = small
+    rng = torch.Generator().manual_seed(0)
+    start = torch.tensor([[1]])
+    allowed = next_probs(torch.as_tensor(probs_after(target, [1], 1)).log()[None], .7, top_k=2)[0]
+    first = torch.cat([next(iter(speculate(target, draft, start, 4, temperature=.7, top_k=2, rng=rng)))[:1] for _ in range(300)])
+    share = torch.bincount(first, minlength=3)/300
+    assert (share[allowed == 0] == 0).all() and (share-allowed).abs().max() < .1
+
+
+def test_drafts_that_cannot_help_are_refused(model, small, ids):
+    with pytest.raises(ValueError, match="vocabularies of 131 and 3 ids"): speculate(model, small[0], ids[:1], 3)
+    with pytest.raises(ValueError, match="3 prompts"): speculate(model, model, ids, 3)
+    with pytest.raises(ValueError, match="context_len=64"): speculate(model, model, ids[:1], 58)
+
+
+def test_rules_and_drafts_leave_gradients_on(model, ids):
+    with torch.enable_grad():
+        for new in speculate(model, model, ids[:1], 4): assert torch.is_grad_enabled() and not new.requires_grad
+        for new in stream(model, [[1, 2], [3]], 3, adjust=partial(penalize_repeats, penalty=1.5), min_p=.1): assert torch.is_grad_enabled()
+
+
+def test_everyone_sees_something_and_nobody_sees_filling():
+    "Softmax over nothing is 0/0, whatever today's kernel makes of it."
+    n_pad, nothing = torch.tensor([0, 3, 1]), torch.zeros(3, CFG.n_kv_heads, 4, CFG.d_head)
+    sees = PaddedCache(CFG, n_pad, 4).update(0, nothing, nothing)[2]
+    expected = [[[s == t or pad <= s < t for s in range(4)] for t in range(4)] for pad in n_pad.tolist()]
+    assert sees.tolist() == expected and sees.any(-1).all()
