@@ -151,6 +151,7 @@ def test_every_row_scores_as_it_would_alone(model, lengths, cut, fill):
     padded, n_pad = pad_left(texts)
     T = padded.shape[1]
     assert T == max(lengths) and n_pad.tolist() == [T-n for n in lengths]
+    assert padded.tolist() == [[t[0].item()]*(T-len(t)) + t.tolist() for t in texts]  # nothing that the text does not say
     padded = torch.where(torch.arange(T) < n_pad[:, None], fill, padded)
     cache = PaddedCache(CFG, n_pad, T)
     with torch.no_grad():
