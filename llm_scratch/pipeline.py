@@ -471,7 +471,7 @@ def _begin(folder:Path|None, preset:str|None, depth:int|None, seed:int|None)->Ru
 
 def _console():
     from rich.console import Console
-    return Console(stderr=True, highlight=False)
+    return Console(stderr=True, highlight=False, markup=False) # a folder may have brackets in its name
 
 def _track()->Watch:
     "Progress bars on standard error, gone when they are full."
@@ -509,12 +509,12 @@ def _training(run:Run)->None:
 def _evaluation(run:Run)->None:
     from rich.console import Console
     from rich.table import Table
-    rows,out = evaluate_run(run, _track()),Console(highlight=False)
+    rows,out = evaluate_run(run, _track()),Console(highlight=False, markup=False)
     table = Table(box=None, show_header=False)
     for _ in range(3): table.add_column(no_wrap=True)
     for _,figure,value,n,goal in _table(rows): table.add_row(figure, value, goal)
     out.print(table)
-    for s in read_json(run.samples)[:2]: out.print(f"\n{s['text'].strip()}", markup=False)
+    for s in read_json(run.samples)[:2]: out.print(f"\n{s['text'].strip()}")
     out.print(f"\nscorecard: {run.folder/'scorecard.html'}", soft_wrap=True)
 
 # %% ../nbs/12_pipeline.ipynb #ed59a32a
@@ -622,4 +622,4 @@ def _doctor_verb()->None:
     from rich.table import Table
     table = Table(box=None, show_header=False)
     for row in machine_report(): table.add_row(*row)
-    Console(highlight=False).print(table)
+    Console(highlight=False, markup=False).print(table)

@@ -36,9 +36,9 @@ def tree(folder:Path)->dict[str, str]: return {str(p.relative_to(folder)): sha25
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
     "A tiny run that went through all steps; copy it before you spoil it."
-    folder = tmp_path_factory.mktemp("runs")/"tiny"
+    folder = tmp_path_factory.mktemp("runs [of mine]")/"tiny"
     status, out, err = call("run", "--preset", "tiny", "--run", folder)
-    assert status == 0, err
+    assert status == 0 and str(folder) in err.replace("\n", "") and str(folder) in out.replace("\n", ""), err
     return folder
 
 
@@ -267,6 +267,7 @@ def test_doctor_knows_the_machine():
     status, out, _ = call("doctor")
     plain = " ".join(out.split())
     assert status == 0 and all(word in plain for word in ("python", "torch", "cores", "cache", "extra interchange", "extra deploy"))
+    assert "'llm_scratch[" in plain or all(" adds " not in line for line in out.splitlines())  # brackets are no markup
 
 
 # --- presets ---------------------------------------------------------------------------------------------------------------
