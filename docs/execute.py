@@ -52,6 +52,10 @@ def prepared(path:Path)->nbformat.NotebookNode:
     nb.cells.insert(0, nbformat.v4.new_code_cell(SETUP.format(name=path.stem)))
     return nb
 
+def is_gone(out:nbformat.NotebookNode)->bool:
+    "Is it what a progress bar leaves behind when it has vanished, as in the first run, which downloads?"
+    return out.get("data", {}).get("text/plain") in ("Output()", "")
+
 def execute(
     path:Path, # the chapter
     timeout:float=600, # most seconds for one cell
@@ -62,6 +66,8 @@ def execute(
                             resources=dict(metadata=dict(path=str(path.parent))))
     client.execute(env=kernel_env())
     del nb.cells[0]
+    for cell in nb.cells:
+        if "outputs" in cell: cell.outputs = [o for o in cell.outputs if not is_gone(o)]
     return nb
 
 def save(nb:nbformat.NotebookNode, path:Path)->None:

@@ -74,3 +74,10 @@ def test_the_check_sees_another_text_and_not_another_number(tmp_path):
     wrong = notebook(tmp_path/"wrong.ipynb", new_code_cell("1/0"))
     done = run(wrong, 100)
     assert done.returncode == 1 and "ZeroDivisionError" in done.stdout
+
+
+def test_a_progress_bar_that_has_vanished_is_no_output(tmp_path):
+    "A first run downloads and shows a bar; a second one does not."
+    bar = "import ipywidgets\ndisplay(ipywidgets.Output())\nprint('done')"
+    done = run(notebook(tmp_path/"bar.ipynb", new_code_cell(bar, outputs=shown("done\n"))), 100, "--check")
+    assert done.returncode == 0, done.stdout
