@@ -15,6 +15,7 @@ MODULES = {p.stem: p for p in sorted((ROOT/"llm_scratch").glob("[!_]*.py"))}
 MAY_IMPORT = {
     "core": set(),
     "architecture": {"core"},
+    "families": {"core", "architecture"},
     "generation": {"core", "architecture"},
     "data": {"core"},
     "tokenization": {"core"},
