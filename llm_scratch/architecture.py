@@ -9,7 +9,7 @@ __all__ = ['attend', 'fused_attend', 'rope_angles', 'rope', 'RMSNorm', 'ModelCon
 
 # %% ../nbs/02_architecture.ipynb #5b19ab47
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
 import torch
@@ -173,12 +173,12 @@ def init_weights(
     model:nn.Module, # changed in place
     seed:int|None=None, # of a generator of its own; None draws from torch's global one
 )->nn.Module: # the same model
-    "Draw fresh weights: readers normal with std `1/sqrt(inputs)`, writers to the stream zero, embeddings std .02."
+    "Draw fresh weights: readers normal with std `1/sqrt(inputs)`, writers to the stream and biases zero, norms one, embeddings std .02."
     device = next(model.parameters()).device
     rng = None if seed is None else torch.Generator(device).manual_seed(seed)
     for name,p in model.named_parameters():
-        if p.ndim == 1: nn.init.ones_(p)
-        elif name.endswith(("o_proj.weight", "down_proj.weight")): nn.init.zeros_(p)
+        if name.endswith(("o_proj.weight", "down_proj.weight", "bias")): nn.init.zeros_(p)
+        elif p.ndim == 1: nn.init.ones_(p)
         else: nn.init.normal_(p, 0, .02 if "embed" in name else p.shape[1]**-.5, generator=rng)
     return model
 

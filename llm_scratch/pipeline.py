@@ -28,7 +28,7 @@ import torch
 import typer
 
 from .architecture import Decoder, ModelConfig, init_weights, load_model, n_params, save_model, training_flops_per_token
-from .core import UserError, atomic_path, read_json, sha256_file, write_json
+from .core import UserError, atomic_path, read_json, write_json
 from .data import SOURCES, cache_dir, load_corpus, load_documents, nearest, save_documents, split_corpus, tiny_corpus
 from .evaluation import Result, bits_per_byte, counts_steps, looks_like_recipe, mean_of, ratio_of, share_of, token_nats, train_ngram
 from .generation import Cache, sample, stream
@@ -43,8 +43,8 @@ def decoder_config(
 )->ModelConfig: # whose width, heads and feed-forward layer follow from the depth
     "The sizes of a decoder from one dial."
     n_heads = max(1, round(3*depth/4))
-    return ModelConfig(vocab_size, context_len, n_layers=depth, n_heads=n_heads, n_kv_heads=max(1, n_heads//3) if n_heads%3 == 0 else 1,
-                       d_model=64*n_heads, d_ff=64*round(64*n_heads*8/3/64), d_head=64)
+    return ModelConfig(vocab_size, context_len, n_layers=depth, n_heads=n_heads, n_kv_heads=n_heads//3 if n_heads%3 == 0 else 1,
+                       d_model=64*n_heads, d_ff=64*round(8*n_heads/3), d_head=64)
 
 # %% ../nbs/12_pipeline.ipynb #91ff6687
 @dataclass(frozen=True)
@@ -183,14 +183,19 @@ def _about(run:Run)->dict:
     "What must be the same when a checkpoint is loaded."
     return json.loads(json.dumps(asdict(run.preset))) | dict(seed=run.seed, tokenizer=load_tokenizer(run.tokenizer).digest)
 
+def _write_lines(path:Path, rows:list[dict])->None: # JSON, one line each
+    with atomic_path(path) as new: new.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+
+def _read_lines(path:Path)->list[dict]: return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
 def read_log(
     run:Run, # trained, at least in part
 )->list[dict]: # of each update: `step`, `loss`, `lr`, `grad_norm`, `n_tokens`, `seconds`
     "The log of a run, oldest first."
-    return [json.loads(line) for line in run.log.read_text(encoding="utf-8").splitlines()] if run.log.exists() else []
+    return _read_lines(run.log) if run.log.exists() else []
 
 def _save(run:Run, state:TrainState, log:list[dict], about:dict)->None:
-    with atomic_path(run.log) as new: new.write_text("".join(json.dumps(row) + "\n" for row in log), encoding="utf-8")
+    _write_lines(run.log, log)
     save_checkpoint(state, run.checkpoints, about)
     prune_checkpoints(run.checkpoints)
 
@@ -319,7 +324,7 @@ def read_results(
 )->list[dict]: # `step`, `name`, `goal`, and the fields of a `Result`
     "The figures of a run."
     if not run.results.exists(): raise _missing(run, run.results, "evaluate")
-    return [json.loads(line) for line in run.results.read_text(encoding="utf-8").splitlines()]
+    return _read_lines(run.results)
 
 def evaluate_run(
     run:Run, # with a model
@@ -330,7 +335,7 @@ def evaluate_run(
     model = load_model(run.model)
     rows = [*_surprise(run, model, watch), *_writing(run, model, watch)]
     for row in rows: row["seed"] = run.seed
-    with atomic_path(run.results) as new: new.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    _write_lines(run.results, rows)
     save_scorecard(run)
     return rows
 
@@ -394,7 +399,7 @@ def save_scorecard(
     from html import escape
     shown = "".join(f"<pre>{escape(s['text'].strip())}</pre><small>shares {s['nearest']:.0%} of its runs of five words with the nearest training document</small>" for s in read_json(run.samples)[:8])
     page = (f'<!doctype html><html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width"><title>Scorecard: {escape(run.folder.name)}</title><style>{_STYLE}</style>'
-            f"<h1>Scorecard</h1>{_html_table(('run', escape(run.folder.name)), _facts(run))}<h2>How good</h2>{_html_table(_COLUMNS, _table(read_results(run)))}{_figure(run)}<h2>What it writes</h2>{shown}</html>\n")
+            f"<h1>Scorecard</h1>{_html_table(('run', run.folder.name), _facts(run))}<h2>How good</h2>{_html_table(_COLUMNS, _table(read_results(run)))}{_figure(run)}<h2>What it writes</h2>{shown}</html>\n")
     for name,text in (("scorecard.md", scorecard(run)), ("scorecard.html", page)):
         with atomic_path(run.folder/name) as new: new.write_text(text, encoding="utf-8")
     return run.folder/"scorecard.html"
@@ -436,11 +441,11 @@ def _fail(message:str, status:int)->None:
     print(f"llm-scratch: {message}", file=sys.stderr)
     raise typer.Exit(status)
 
-def _verb(name:str)->Callable:
+def _verb(name:str, does:str|None=None)->Callable: # `does` is for a function without a docstring
     "Register a command; what the user can put right ends it in one line."
     def register(f):
         from functools import wraps
-        @app.command(name)
+        @app.command(name, help=does)
         @wraps(f)
         def command(*args, **kw):
             try: f(*args, **kw)
@@ -456,10 +461,10 @@ def main()->None:
     app(prog_name="llm-scratch")
 
 # %% ../nbs/12_pipeline.ipynb #1e0dbd84
-_RunOption = Annotated[Path, typer.Option("--run", help="run directory  [default: runs/PRESET]", show_default=False)]
-_PresetOption = Annotated[str, typer.Option("--preset", help=f"{' or '.join(PRESETS)}  [default: what the run has, or cpu]", show_default=False)]
-_DepthOption = Annotated[int, typer.Option("--depth", help="the dial: layers, from which all sizes follow  [default: the preset's]", show_default=False)]
-_SeedOption = Annotated[int, typer.Option("--seed", help="of weights, batches and samples  [default: what the run has, or 0]", show_default=False)]
+_RunOption = Annotated[Path, typer.Option("--run", help="run directory", show_default="runs/PRESET")]
+_PresetOption = Annotated[str, typer.Option("--preset", help=f"{' or '.join(PRESETS)}", show_default="what the run has, or cpu")]
+_DepthOption = Annotated[int, typer.Option("--depth", help="the dial: layers, from which all sizes follow", show_default="the preset's")]
+_SeedOption = Annotated[int, typer.Option("--seed", help="of weights, batches and samples", show_default="what the run has, or 0")]
 
 def _begin(folder:Path|None, preset:str|None, depth:int|None, seed:int|None)->Run:
     "The run that the options mean; what they leave open is as the run has it."
@@ -518,31 +523,18 @@ def _evaluation(run:Run)->None:
     out.print(f"\nscorecard: {run.folder/'scorecard.html'}", soft_wrap=True)
 
 # %% ../nbs/12_pipeline.ipynb #ed59a32a
-@_verb("data")
-def _data_verb(run:_RunOption=None, preset:_PresetOption=None, depth:_DepthOption=None, seed:_SeedOption=None)->None:
-    "Fetch the texts of a run and split them."
-    _documents(_begin(run, preset, depth, seed))
+def _walk(name:str, does:str, *steps:Callable[[Run], None])->None:
+    "Register a verb that goes through steps of a run."
+    @_verb(name, does)
+    def walk(run:_RunOption=None, preset:_PresetOption=None, depth:_DepthOption=None, seed:_SeedOption=None)->None:
+        r = _begin(run, preset, depth, seed)
+        for step in steps: step(r)
 
-@_verb("tokenize")
-def _tokenize_verb(run:_RunOption=None, preset:_PresetOption=None, depth:_DepthOption=None, seed:_SeedOption=None)->None:
-    "Learn a tokenizer and write the texts as ids."
-    _tokens(_begin(run, preset, depth, seed))
-
-@_verb("pretrain")
-def _pretrain_verb(run:_RunOption=None, preset:_PresetOption=None, depth:_DepthOption=None, seed:_SeedOption=None)->None:
-    "Train the model, or go on with it; Ctrl-C stops, the same command continues."
-    _training(_begin(run, preset, depth, seed))
-
-@_verb("evaluate")
-def _evaluate_verb(run:_RunOption=None, preset:_PresetOption=None, depth:_DepthOption=None, seed:_SeedOption=None)->None:
-    "Measure the model and write the scorecard."
-    _evaluation(_begin(run, preset, depth, seed))
-
-@_verb("run")
-def _run_verb(run:_RunOption=None, preset:_PresetOption=None, depth:_DepthOption=None, seed:_SeedOption=None)->None:
-    "Go through all steps, from text to scorecard; what is done already is not done again."
-    r = _begin(run, preset, depth, seed)
-    for step in (_documents, _tokens, _training, _evaluation): step(r)
+_walk("data", "Fetch the texts of a run and split them.", _documents)
+_walk("tokenize", "Learn a tokenizer and write the texts as ids.", _tokens)
+_walk("pretrain", "Train the model, or go on with it; Ctrl-C stops, the same command continues.", _training)
+_walk("evaluate", "Measure the model and write the scorecard.", _evaluation)
+_walk("run", "Go through all steps, from text to scorecard; what is done already is not done again.", _documents, _tokens, _training, _evaluation)
 
 # %% ../nbs/12_pipeline.ipynb #c0ab32b6
 def _open_model(folder:Path|None, preset:str|None)->tuple[Decoder, Tokenizer]:
@@ -556,14 +548,13 @@ def _write(model:Decoder, tok:Tokenizer, prompt:str, **how)->None:
     print(prompt, end="", flush=True)
     try:
         for piece in stream_text(model, tok, prompt, **how): print(piece, end="", flush=True)
-    except UserError: raise
-    except ValueError as e: raise UserError(str(e)) from None # of the sampling
+    except ValueError as e: raise UserError(str(e)) from None # of the prompt or the sampling
     finally: print(flush=True)
 
 _Temperature = Annotated[float, typer.Option(help="0 takes the likeliest token, 1 is the model's own chance", min=0)]
-_TopK = Annotated[int, typer.Option(help="keep this many of the likeliest tokens  [default: all]", min=1, show_default=False)]
+_TopK = Annotated[int, typer.Option(help="keep this many of the likeliest tokens", min=1, show_default="all")]
 _TopP = Annotated[float, typer.Option(help="keep the likeliest tokens up to this probability", min=0, max=1)]
-_MaxNew = Annotated[int, typer.Option(help="most tokens to write  [default: as many as the context holds]", min=1, show_default=False)]
+_MaxNew = Annotated[int, typer.Option(help="most tokens to write", min=1, show_default="as many as the context holds")]
 
 @_verb("generate")
 def _generate_verb(

@@ -7,9 +7,9 @@ import torch
 from torch import nn
 from torch.testing import assert_close
 
-from llm_scratch.architecture import Attention, Block, Decoder, ModelConfig, attend
+from llm_scratch.architecture import Attention, Block, Decoder, ModelConfig, attend, init_weights
 from llm_scratch.families import (CHOICES, GPT2, Encoder, EncoderDecoder, MoE, balance_loss, both_buckets, choose_architecture, corrupt_spans, encoder_block, gate_scores, llama_block,
-                                  mask_tokens, no_norm, past_buckets, rewrite, route, start_t5, start_weights, window_attend)
+                                  mask_tokens, past_buckets, rewrite, route, start_t5, window_attend)
 from llm_scratch.generation import Cache
 
 BASE = ModelConfig(vocab_size=131, context_len=48, n_layers=3, n_heads=4, n_kv_heads=4, d_model=40, d_ff=72, d_head=10)
@@ -98,7 +98,7 @@ def test_qwen3(hf, cfg):
     with torch.no_grad(): close(model(ids), theirs(ids).logits)
 
 
-def windowed_block(cfg, layer, window): return Block(cfg, layer, attention=partial(Attention, mix=partial(window_attend, window=window), norm=no_norm))
+def windowed_block(cfg, layer, window): return Block(cfg, layer, attention=partial(Attention, mix=partial(window_attend, window=window), norm=torch.nn.Identity))
 
 
 @pytest.mark.parametrize("window", [1, 5, 48])
@@ -272,7 +272,7 @@ def test_new_models_are_almost_sure_of_nothing(make):
     assert all(p.abs().max() == 0 for n, p in model.named_parameters() if n.endswith("bias"))
     logits = model(ids[:,:-1], ids) if isinstance(model, EncoderDecoder) else model(ids[:,:-1])
     assert abs(nn.functional.cross_entropy(logits.flatten(0, 1), ids[:,1:].flatten()) - torch.tensor(131.).log()) < .5
-    assert all(torch.equal(a, b) for a, b in zip(start_weights(make(BASE), 3).state_dict().values(), start_weights(make(BASE), 3).state_dict().values()))
+    assert all(torch.equal(a, b) for a, b in zip(init_weights(make(BASE), 3).state_dict().values(), init_weights(make(BASE), 3).state_dict().values()))
 
 
 @pytest.mark.parametrize("T, S, window, G", [(12, 12, 4, 2), (5, 12, 3, 1), (1, 9, 4, 4), (12, 12, 99, 2), (3, 12, 1, 2)])

@@ -4,7 +4,6 @@ import os
 import random
 import re
 import shutil
-import signal
 import subprocess
 import sys
 import time
@@ -17,7 +16,7 @@ from typer.testing import CliRunner
 from llm_scratch import pipeline
 from llm_scratch.architecture import load_model
 from llm_scratch.core import sha256_file
-from llm_scratch.pipeline import PRESETS, app, cpu, decoder_config, evaluate_run, open_run, prepare_documents, prepare_tokens, pretrain, read_log, start_run, write_texts
+from llm_scratch.pipeline import PRESETS, app, cpu, decoder_config, open_run, prepare_documents, prepare_tokens, pretrain, read_log, start_run, write_texts
 from llm_scratch.tokenization import load_tokenizer
 
 ROOT = Path(__file__).resolve().parent.parent
