@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from .core import UserError, atomic_path, read_json, sha256_file, write_json
+from .core import UserError, atomic_path, check_seal, read_json, seal, write_json
 
 # %% ../nbs/02_architecture.ipynb #746d7e9c
 def attend(
@@ -281,21 +281,8 @@ def save_model(
         weights = {f"model.{name}":p.detach().cpu().contiguous() for name,p in model.state_dict().items()}
         save_file(weights, tmp/"model.safetensors", metadata=dict(format="pt"))
         (tmp/"model.safetensors").chmod(0o644)
-        write_json(tmp/"manifest.json", dict(format="llm_scratch model", sha256={name:sha256_file(tmp/name) for name in _MODEL_FILES}))
+        seal(tmp, "model", _MODEL_FILES)
     return Path(folder)
-
-# %% ../nbs/02_architecture.ipynb #7c9bbc18
-def _verify(folder:Path)->None:
-    "Raise `UserError` unless `folder` holds a whole, unchanged model of ours."
-    if not folder.is_dir(): raise UserError(f"{folder} is not a folder: give the folder that save_model wrote")
-    if not (folder/"manifest.json").is_file(): raise UserError(f"{folder/'manifest.json'} is missing: give a folder that save_model wrote, or save the model again")
-    manifest = read_json(folder/"manifest.json")
-    digests = manifest.get("sha256") if isinstance(manifest, dict) and manifest.get("format") == "llm_scratch model" else None
-    if not isinstance(digests, dict) or set(digests) != set(_MODEL_FILES):
-        raise UserError(f"{folder/'manifest.json'} is not of a model: give a folder that save_model wrote")
-    for name,digest in digests.items():
-        if not (folder/name).is_file(): raise UserError(f"{folder/name} is missing: copy the folder again, or save the model again")
-        if sha256_file(folder/name) != digest: raise UserError(f"{folder/name} is corrupt, its checksum is not that in manifest.json: copy the folder again, or save the model again")
 
 # %% ../nbs/02_architecture.ipynb #ac590abc
 def load_model(
@@ -303,7 +290,8 @@ def load_model(
 )->Decoder: # with the saved weights, on the CPU, in the saved dtype
     "Open a saved model after checking every checksum; `UserError` names the file at fault."
     folder = Path(folder)
-    _verify(folder)
+    if not folder.is_dir(): raise UserError(f"{folder} is not a folder: give the folder that save_model wrote")
+    check_seal(folder, "model", _MODEL_FILES, "copy the folder again, or save the model again")
     config = read_json(folder/"config.json")
     if config.get("architectures") != ["Qwen3ForCausalLM"]: raise UserError(f"{folder/'config.json'} is of {config.get('architectures')}: load_model opens Qwen3ForCausalLM")
     cfg = ModelConfig(**{ours:config[theirs] for ours,theirs in _HF_SIZES.items()}, rope_theta=config["rope_parameters"]["rope_theta"])

@@ -26,7 +26,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from .core import UserError, atomic_path, read_json, sha256_file, write_json
+from .core import UserError, atomic_path, check_seal, seal, sha256_file
 
 # %% ../nbs/03_data.ipynb #2d0a105f
 Document = tuple[str, str, dict] # key within the source, text, what else is known
@@ -306,7 +306,7 @@ def save_documents(
         new.mkdir()
         for name,docs in splits.items(): parquet.write_table(docs.with_format("arrow")[:], new/f"{name}.parquet")
         (new/"data_card.md").write_text(data_card(splits), encoding="utf-8")
-        write_json(new/"manifest.json", dict(format="llm_scratch documents", sha256={f"{name}.parquet":sha256_file(new/f"{name}.parquet") for name in splits}))
+        seal(new, "documents", [f"{name}.parquet" for name in splits])
     return Path(folder)
 
 def load_documents(
@@ -316,12 +316,8 @@ def load_documents(
     from datasets import Dataset, DatasetDict
     from pyarrow import parquet
     folder,remedy = Path(folder),f"delete the folder {folder} and run `llm-scratch data` again"
-    manifest = read_json(folder/"manifest.json", remedy)
-    if not isinstance(manifest, dict) or manifest.get("format") != "llm_scratch documents" or not isinstance(manifest.get("sha256"), dict): raise UserError(f"{folder/'manifest.json'} is not of documents: {remedy}")
-    for name,digest in manifest["sha256"].items():
-        if not (folder/name).is_file(): raise UserError(f"{folder/name} is missing: {remedy}")
-        if sha256_file(folder/name) != digest: raise UserError(f"{folder/name} is corrupt, its checksum is not that in manifest.json: {remedy}")
-    return DatasetDict({Path(name).stem:Dataset(parquet.read_table(folder/name)) for name in manifest["sha256"]})
+    names = check_seal(folder, "documents", (), remedy)
+    return DatasetDict({Path(name).stem:Dataset(parquet.read_table(folder/name)) for name in names})
 
 # %% ../nbs/03_data.ipynb #c0177741
 _TINY = """Plain Rice|1 cup rice;2 cups water;1 pinch salt|Rinse the rice until the water runs clear.;Bring the water and the salt to the boil.;Add the rice, cover, and simmer for 15 minutes.;Let it rest for 5 minutes before serving.

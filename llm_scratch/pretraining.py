@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from .core import UserError, atomic_path, read_json, sha256_file, write_json
+from .core import UserError, atomic_path, check_seal, read_json, seal, write_json
 
 # %% ../nbs/06_pretraining.ipynb #23be542c
 @lru_cache(maxsize=4)
@@ -216,17 +216,14 @@ def save_checkpoint(
         new.mkdir()
         save_file(_tensors(state), new/"state.safetensors")
         write_json(new/"state.json", dict(step=state.step, about=about, groups=groups))
-        write_json(new/"manifest.json", dict(format="llm_scratch checkpoint", sha256={name:sha256_file(new/name) for name in _FILES}))
+        seal(new, "checkpoint", _FILES)
     return path
 
 # %% ../nbs/06_pretraining.ipynb #6b9cdfd5
 def _verified(path:Path)->dict:
     "The JSON part of a checkpoint whose every checksum is right; `UserError` names the file at fault."
     remedy = f"delete the folder {path} to go on from the checkpoint before it"
-    digests = read_json(path/"manifest.json", remedy).get("sha256", {})
-    for name in _FILES:
-        if not (path/name).is_file(): raise UserError(f"{path/name} is missing: {remedy}")
-        if sha256_file(path/name) != digests.get(name): raise UserError(f"{path/name} is corrupt, its checksum is not that in manifest.json: {remedy}")
+    check_seal(path, "checkpoint", _FILES, remedy)
     return read_json(path/"state.json", remedy)
 
 # %% ../nbs/06_pretraining.ipynb #6f782030

@@ -19,7 +19,7 @@ from pathlib import Path
 import numpy as np
 import regex
 
-from .core import UserError, atomic_path, read_json, sha256_file, write_json
+from .core import UserError, atomic_path, check_files, check_seal, read_json, seal, sha256_file, write_json
 
 # %% ../nbs/04_tokenization.ipynb #213bf922
 SPECIALS = "<|endoftext|>","<|im_start|>","<|im_end|>" # between documents; around a turn of a dialogue
@@ -175,7 +175,7 @@ def save_tokenizer(
         new.mkdir()
         write_json(new/"tokenizer.json", to_tokenizers_json(tok))
         write_json(new/"tokenizer_config.json", config)
-        write_json(new/"manifest.json", dict(format="llm_scratch tokenizer", sha256={name:sha256_file(new/name) for name in _FILES}))
+        seal(new, "tokenizer", _FILES)
     return Path(folder)
 
 def load_tokenizer(
@@ -183,11 +183,7 @@ def load_tokenizer(
 )->Tokenizer: # the same one
     "Open a saved tokenizer after checking its checksums; `UserError` names the file at fault."
     folder,remedy = Path(folder),f"delete the folder {folder} and run `llm-scratch tokenize` again"
-    manifest = read_json(folder/"manifest.json", remedy)
-    if not isinstance(manifest, dict) or manifest.get("format") != "llm_scratch tokenizer": raise UserError(f"{folder/'manifest.json'} is not of a tokenizer: {remedy}")
-    for name in _FILES:
-        if not (folder/name).is_file(): raise UserError(f"{folder/name} is missing: {remedy}")
-        if sha256_file(folder/name) != manifest["sha256"].get(name): raise UserError(f"{folder/name} is corrupt, its checksum is not that in manifest.json: {remedy}")
+    check_seal(folder, "tokenizer", _FILES, remedy)
     saved = read_json(folder/"tokenizer.json", remedy)
     vocab = saved["model"]["vocab"]
     return Tokenizer([(vocab[a], vocab[b]) for a,b in saved["model"]["merges"]], [t["content"] for t in saved["added_tokens"]])
@@ -229,10 +225,7 @@ class Shards:
         remedy = f"delete the folder {folder} and run `llm-scratch tokenize` again"
         self.header = read_json(self.folder/"header.json", remedy)
         if not isinstance(self.header, dict) or self.header.get("format") != "llm_scratch shards": raise UserError(f"{self.folder/'header.json'} is not of shards: {remedy}")
-        for file in self.header["files"]:
-            path = self.folder/file["name"]
-            if not path.is_file(): raise UserError(f"{path} is missing: {remedy}")
-            if sha256_file(path) != file["sha256"]: raise UserError(f"{path} is corrupt, its checksum is not that in header.json: {remedy}")
+        check_files(self.folder, {file["name"]:file["sha256"] for file in self.header["files"]}, "header.json", remedy)
         self._files = [np.memmap(self.folder/f["name"], dtype=self.header["dtype"], mode="r") for f in self.header["files"]]
         self._starts = np.cumsum([0, *(f["n_tokens"] for f in self.header["files"])])
 

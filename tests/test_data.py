@@ -313,7 +313,7 @@ def test_damage_is_named(splits, tmp_path, name, damage):
 def test_a_failed_save_keeps_what_was_there(splits, tmp_path, monkeypatch):
     folder = save_documents(splits, tmp_path/"documents")
     def full(*a, **k): raise OSError(28, "No space left on device")
-    monkeypatch.setattr(data, "write_json", full)
+    monkeypatch.setattr(data, "seal", full)
     with pytest.raises(OSError): save_documents(split_corpus(tiny_corpus(), 5), folder)
     assert load_documents(folder)["validation"].num_rows == 3 and [p.name for p in tmp_path.iterdir()] == ["documents"]
 
