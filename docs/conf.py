@@ -20,6 +20,7 @@ suppress_warnings = ["mystnb.unknown_mime_type"]
 
 exclude_patterns = ["notebooks"] # the originals, offered for download
 nb_execution_mode = "off" # outputs are those stored in the notebooks
+nb_render_markdown_format = "myst" # tables in outputs, too
 nb_ipywidgets_js = {"widgets/embed.js": {}} # our copy, in place of two addresses elsewhere
 myst_enable_extensions = ["amsmath", "attrs_block", "attrs_inline", "colon_fence", "deflist", "dollarmath", "fieldlist", "tasklist"]
 myst_dmath_allow_space = False # "$5 and $6" is money

@@ -324,14 +324,16 @@ class RelativeBias(nn.Module):
 
 # %% ../nbs/02d_families.ipynb #ea840d96
 _flat = partial(nn.Linear, bias=False)
+_attend = partial(CrossAttention, linear=_flat, scale=1.)
+_think = partial(MLP, act=F.relu, linear=_flat)
 
 class ReadBlock(nn.Module):
     "A layer of the reader: everyone hears everyone; pre-norm and without biases (Raffel et al. 2019)."
     def __init__(self,
         cfg:ModelConfig, # the sizes
         *,
-        attention:Callable=partial(CrossAttention, linear=_flat, scale=1.), # called with `cfg`
-        mlp:Callable=partial(MLP, act=F.relu, linear=_flat), # called with `cfg`
+        attention:Callable=_attend, # called with `cfg`
+        mlp:Callable=_think, # called with `cfg`
         norm:Callable=RMSNorm, # called with a width and an epsilon
     ):
         super().__init__()
@@ -351,8 +353,8 @@ class WriteBlock(ReadBlock):
     def __init__(self,
         cfg:ModelConfig, # the sizes
         *,
-        attention:Callable=partial(CrossAttention, linear=_flat, scale=1.), # called with `cfg`, once for each of the two
-        mlp:Callable=partial(MLP, act=F.relu, linear=_flat), # called with `cfg`
+        attention:Callable=_attend, # called with `cfg`, once for each of the two
+        mlp:Callable=_think, # called with `cfg`
         norm:Callable=RMSNorm, # called with a width and an epsilon
     ):
         super().__init__(cfg, attention=attention, mlp=mlp, norm=norm)

@@ -194,6 +194,7 @@ def test_directives_callouts_and_widgets(small, tmp_path):
         new_code_cell("kept_line = 1\nsecret_line = 2 #| hide_line"),
         new_code_cell("#| eval: false\npuzzle = ..."),
         new_code_cell("wide = 1", outputs=shown("wide "*200)),
+        new_code_cell("table", outputs=[new_output("display_data", {"text/markdown": "| left | right |\n|---|---|\n| a | b |", "text/plain": "table"})]),
         new_code_cell("slider", outputs=[view]),
         widgets=widgets)
     (tmp_path/"out").mkdir()
@@ -206,6 +207,7 @@ def test_directives_callouts_and_widgets(small, tmp_path):
     plain = re.sub(r"<[^>]+>", "", article)
     for there in ("but its output", "its_source", "Unfold it", "folded", "seen", "kept_line", "puzzle", "Note this.", "Unfold me.", "It costs $5, or $6."): assert there in plain, there
     for gone in ("hidden_cell", "hidden output", "no_source", "no output", "secret_line", "#|", ":::", "callout", "data-display"): assert gone not in plain, gone
+    assert re.search(r"<table.*?left.*?right.*?</table>", article, re.S)
     assert 'admonition-title">A title' in article and re.search(r"<details[^>]*sd-dropdown.*Folded", article, re.S)
     assert re.search(r"<details><summary>Hint</summary>\s*<div class=\"highlight-python", article)
     assert 'href="index.html"' in article and "torch.nn.Linear.html" in article and "functools.html#functools.partial" in article
