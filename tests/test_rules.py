@@ -23,7 +23,7 @@ MAY_IMPORT = {
     "evaluation": {"core"},
     "pipeline": {"core", "architecture", "generation", "data", "tokenization", "pretraining", "evaluation"},
 }
-HEAVY = {"datasets", "tokenizers", "matplotlib", "rich", "typer", "ipywidgets", "transformers", "evaluate", "IPython", "pandas", "nbdev"}
+HEAVY = {"datasets", "tokenizers", "matplotlib", "rich", "typer", "ipywidgets", "transformers", "evaluate", "IPython", "pandas", "nbdev", "numba", "gguf", "xllamacpp"}
 HEAVY_BUT_ALLOWED = {"pipeline": {"typer"}}  # the command line is made of typer's annotations
 SECONDS = 2  # of CPU time beyond `import torch`, generous
 
