@@ -7,6 +7,7 @@ __all__ = ['keep_top_k', 'keep_top_p', 'keep_min_p', 'next_probs', 'sample', 'Ca
            'ends_with', 'begin', 'stream', 'generate', 'penalize_repeats', 'logprobs']
 
 # %% ../nbs/02b_generation.ipynb #7034ffdd
+import logging
 from collections.abc import Callable, Iterator, Sequence
 from copy import copy
 from functools import partial
@@ -224,6 +225,16 @@ def begin(
         f"a cache of {cache.k_LBGSK.shape[1]} rows does not fit {B} texts with {n_pad_B.tolist()} ids of filling: fork it, or pass the ids as one tensor")
     return ids_BT, cache
 
+# %% ../nbs/02b_generation.ipynb #01d52e58
+def _fastest(model:Decoder, ids_BT:torch.Tensor, n_new:int, cache:Cache)->Callable:
+    "The compiled decoder of chapter 02h where it fits and pays, else the model itself."
+    if len(ids_BT) > 1 or n_new < 100 or type(cache) is not Cache: return model
+    from llm_scratch.compiled import CompiledDecoder, misfit
+    if misfit(model) or sum(p.numel() for p in model.parameters()) > 10**8: return model # copying much is not worth it: large models wait for memory anyway
+    fast = CompiledDecoder(model)
+    logging.getLogger(__name__).info("%d tokens by %r; its first use on a machine takes a compiler's time", n_new, fast)
+    return fast
+
 # %% ../nbs/02b_generation.ipynb #a4d24456
 def stream(
     model:Decoder, # any model that takes `(ids, cache)` and has a `cfg`
@@ -240,7 +251,7 @@ def stream(
     ids_BT,cache = begin(model, texts, max_new_tokens, cache)
     stops = [*stops, *([] if stop_id is None else [[stop_id]])]
     choose = lambda logits_BV, ids_BT: sample(logits_BV if adjust is None else adjust(logits_BV, ids_BT), **dials)
-    return _write(model, ids_BT, max_new_tokens, cache, choose, stops)
+    return _write(_fastest(model, ids_BT, max_new_tokens, cache), ids_BT, max_new_tokens, cache, choose, stops)
 
 # %% ../nbs/02b_generation.ipynb #49662171
 def generate(

@@ -16,7 +16,8 @@ MAY_IMPORT = {
     "core": set(),
     "architecture": {"core"},
     "families": {"core", "architecture"},
-    "generation": {"core", "architecture"},
+    "compiled": {"core", "architecture"},
+    "generation": {"core", "architecture", "compiled"},  # compiled within a function: an accelerator that is a later chapter
     "lookahead": {"core", "architecture", "generation"},
     "data": {"core"},
     "tokenization": {"core"},
@@ -25,7 +26,7 @@ MAY_IMPORT = {
     "pipeline": {"core", "architecture", "generation", "data", "tokenization", "pretraining", "evaluation"},
 }
 HEAVY = {"datasets", "tokenizers", "matplotlib", "rich", "typer", "ipywidgets", "transformers", "evaluate", "IPython", "pandas", "nbdev", "numba", "gguf", "xllamacpp"}
-HEAVY_BUT_ALLOWED = {"pipeline": {"typer"}}  # the command line is made of typer's annotations
+HEAVY_BUT_ALLOWED = {"pipeline": {"typer"}, "compiled": {"numba"}}  # the command line is made of typer's annotations, compiled functions of numba's decorator
 SECONDS = 2  # of CPU time beyond `import torch`, generous
 
 
