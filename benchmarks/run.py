@@ -21,7 +21,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.metadata import version
 from importlib.util import find_spec
 from operator import ne
@@ -34,7 +34,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent)) # this checkout,
 from llm_scratch.architecture import Decoder, ModelConfig, n_params, save_model  # noqa: E402
 from llm_scratch.core import UserError  # noqa: E402
 from llm_scratch.data import load_corpus, tiny_corpus  # noqa: E402
-from llm_scratch.generation import generate  # noqa: E402
+from llm_scratch.generation import Cache, generate  # noqa: E402
 from llm_scratch.pretraining import add_gradients, make_optimizers  # noqa: E402
 from llm_scratch.tokenization import PATTERN, SPECIALS, Tokenizer, to_tokenizers_json, train_bpe  # noqa: E402
 
@@ -45,9 +45,12 @@ class Sizes:
     n_tokens:int=4096 # of the vocabulary to learn
     cfg:ModelConfig=ModelConfig(vocab_size=2048, context_len=256, n_layers=4, n_heads=3, n_kv_heads=1, d_model=192, d_ff=512, d_head=64)
     batch_size:int=8 # texts of a training step, each as long as the context
-    n_new:int=64 # tokens to write
+    n_new:int=96 # tokens to write, in one text
+    decoders:tuple[ModelConfig, ...]=(ModelConfig(vocab_size=512, context_len=128, n_layers=4, n_heads=4, n_kv_heads=4, d_model=128, d_ff=352, d_head=32),
+                                      ModelConfig(vocab_size=4096, context_len=128, n_layers=6, n_heads=4, n_kv_heads=4, d_model=256, d_ff=704, d_head=64),
+                                      ModelConfig(vocab_size=8192, context_len=128, n_layers=8, n_heads=6, n_kv_heads=6, d_model=384, d_ff=1024, d_head=64)) # that write it
 
-TINY = Sizes((), 400, Sizes.cfg.tiny(), batch_size=2, n_new=16)
+TINY = Sizes((), 400, Sizes.cfg.tiny(), batch_size=2, n_new=16, decoders=(replace(Sizes.cfg.tiny(), vocab_size=300),))
 
 @dataclass(frozen=True)
 class Pair:
@@ -98,7 +101,7 @@ def random_model(cfg:ModelConfig)->Decoder:
     return model
 
 def modelling(sizes:Sizes)->Iterator[Pair]:
-    "Gradients of one batch; greedy text."
+    "Gradients of one batch."
     import transformers
     transformers.utils.logging.disable_progress_bar()
     cfg,ours = sizes.cfg,random_model(sizes.cfg)
@@ -119,10 +122,6 @@ def modelling(sizes:Sizes)->Iterator[Pair]:
         torch.testing.assert_close(ours.embed_tokens.weight.grad, theirs.get_input_embeddings().weight.grad, atol=1e-4, rtol=1e-3, msg=lambda m: f"gradients: {m}")
     yield Pair(f"forward and backward, {n_params(cfg)/1e6:.2f}M weights, {ids.numel():,} tokens", "transformers", our_gradients, their_gradients, same_gradients)
 
-    prompt = ids[:1,:16]
-    options = dict(attention_mask=torch.ones_like(prompt), max_new_tokens=sizes.n_new, do_sample=False, use_cache=True, eos_token_id=None, pad_token_id=0)
-    yield Pair(f"write {sizes.n_new} tokens, greedy, with a cache", "transformers", lambda: generate(ours, prompt, sizes.n_new, temperature=0).tolist(),
-               lambda: theirs.generate(prompt, **options).tolist(), lambda a,b: require(a == b, f"ids {a} and {b}"))
 
 def optimizing(sizes:Sizes)->Iterator[Pair]:
     "One update of the matrices by Muon."
@@ -137,7 +136,61 @@ def optimizing(sizes:Sizes)->Iterator[Pair]:
         for a,b in zip(moved, copies): require((a-b).norm() < .03*b.norm(), f"steps of a {tuple(a.shape)} matrix differ by {(a-b).norm()/b.norm():.1%}")
     yield Pair(f"Muon step of {len(copies)} matrices", "torch.optim.Muon (bfloat16)", ours.step, theirs.step, same_step)
 
-PAIRS = {tokenizing:"tokenizers", modelling:"transformers", optimizing:"torch"} # and the package that each needs
+def their_generate(model:"transformers.PreTrainedModel", prompt:torch.Tensor, n_new:int)->Callable[[], list[int]]:
+    options = dict(attention_mask=torch.ones_like(prompt), max_new_tokens=n_new, do_sample=False, use_cache=True, eos_token_id=None, pad_token_id=0)
+    return lambda: model.generate(prompt, **options)[0].tolist()
+
+def same_text(a:list[int]|str, b:list[int]|str)->None: require(a == b, f"texts {a} and {b}")
+
+def decoding(sizes:Sizes)->Iterator[Pair]:
+    "One greedy text, with a cache: our compiled step against our own decoder in PyTorch, and against `transformers`."
+    import transformers
+    from llm_scratch.compiled import CompiledDecoder, as_int8
+    transformers.utils.logging.disable_progress_bar()
+    prompt,n = torch.arange(1, 17)[None],sizes.n_new
+    for cfg in sizes.decoders:
+        model,what = random_model(cfg).eval(),f"write {n} tokens, {n_params(cfg)/1e6:.1f}M weights"
+        fast,small = CompiledDecoder(model),CompiledDecoder(model, convert=as_int8)
+        with tempfile.TemporaryDirectory() as folder: hub = transformers.Qwen3ForCausalLM.from_pretrained(save_model(model, f"{folder}/model", eot_id=0))
+        ours = lambda m: lambda: generate(m, prompt, n, temperature=0)[0].tolist()
+        yield Pair(f"{what}, compiled", "PyTorch, our decoder", ours(fast), lambda: in_pytorch(model, prompt, n), same_text)
+        yield Pair(f"{what}, compiled", "transformers", ours(fast), their_generate(hub, prompt, n), same_text)
+        yield Pair(f"{what}, compiled, int8", "transformers, float32", ours(small), their_generate(hub, prompt, n), lambda a,b: require(len(a) == len(b), f"{len(a)} and {len(b)} ids")) # rounded weights write their own text
+
+@torch.no_grad()
+def in_pytorch(model:Decoder, ids:torch.Tensor, n:int)->list[int]:
+    "What `generate` does without the compiled step."
+    cache = Cache(model.cfg, 1, ids.shape[1]+n)
+    for _ in range(n): ids = torch.cat((ids, model(ids[:,cache.past:], cache)[:,-1:].argmax(-1)), 1)
+    return ids[0].tolist()
+
+def llama_cpp(path:Path, n_ctx:int)->Callable[[str, int], str]:
+    "One text by llama.cpp, one thread, keys and values in float32 as ours are; takes a prompt and how many tokens, gives what follows."
+    import xllamacpp
+    params = xllamacpp.CommonParams()
+    params.model.path,params.n_ctx,params.n_parallel,params.verbosity,params.n_gpu_layers = str(path),n_ctx,1,0,0
+    params.cpuparams.n_threads = params.cpuparams_batch.n_threads = 1
+    params.cache_type_k = params.cache_type_v = xllamacpp.ggml_type.GGML_TYPE_F32
+    server = xllamacpp.Server(params)
+    return lambda prompt, n: server.handle_completions(dict(prompt=prompt, n_predict=n, max_tokens=n, temperature=0, ignore_eos=True, cache_prompt=False))["choices"][0]["text"]
+
+def llamas(sizes:Sizes)->Iterator[Pair]:
+    "The same text by llama.cpp, in float32 and with one byte per weight. The wheel that PyPI has is built for any x86 processor, not for this one."
+    from llm_scratch.compiled import CompiledDecoder, as_float32, as_int8
+    from llm_scratch.llamacpp import save_gguf
+    prompt,n = list(range(1, 17)),sizes.n_new
+    for cfg in sizes.decoders:
+        model,words = random_model(cfg).eval(),to_tokenizers_json(Tokenizer([]))
+        words["model"] |= dict(vocab={f"<{i}>":i for i in range(cfg.vocab_size-1)}) # so that the text tells the ids
+        words["added_tokens"] = [words["added_tokens"][0] | dict(id=cfg.vocab_size-1)]
+        for dtype,convert in (("f32", as_float32), ("q8_0", as_int8)):
+            with tempfile.TemporaryDirectory() as folder: write = llama_cpp(save_gguf(model, words, Path(folder)/"model.gguf", dtype=dtype), cfg.context_len)
+            fast = CompiledDecoder(model, convert=convert)
+            ours = lambda: "".join(f"<{i}>" for i in generate(fast, torch.tensor([prompt]), n, temperature=0)[0,16:].tolist())
+            agree = same_text if dtype == "f32" else lambda a,b: require(a.count("<") == b.count("<"), f"{a} and {b}") # rounded weights write their own text
+            yield Pair(f"write {n} tokens, {n_params(cfg)/1e6:.1f}M weights, compiled{', int8' if dtype == 'q8_0' else ''}", f"llama.cpp, {dtype}", ours, lambda: write(prompt, n), agree)
+
+PAIRS = {tokenizing:"tokenizers", modelling:"transformers", optimizing:"torch", decoding:"transformers", llamas:"xllamacpp"} # and the package that each needs
 
 # --- the table -------------------------------------------------------------------------------------------------
 
@@ -163,7 +216,7 @@ def machine()->str:
     info = Path("/proc/cpuinfo").read_text(encoding="utf-8") if Path("/proc/cpuinfo").exists() else ""
     name = m[1] if (m := re.search(r"^model name\s*: (.+)", info, re.M)) else platform.processor() or platform.machine()
     bf16 = "with" if re.search(r"\b(avx512_|amx_)?bf16\b", info) else "without"
-    return ", ".join([f"{name} ({bf16} bfloat16 instructions)", f"Python {platform.python_version()}", *(f"{p} {version(p)}" for p in ("torch", "tokenizers", "transformers") if find_spec(p))])
+    return ", ".join([f"{name} ({bf16} bfloat16 instructions)", f"Python {platform.python_version()}", *(f"{p} {version(p)}" for p in ("torch", "tokenizers", "transformers", "numba", "xllamacpp") if find_spec(p))])
 
 def main(argv:list[str]|None=None)->None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)

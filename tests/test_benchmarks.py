@@ -12,7 +12,8 @@ import torch
 from llm_scratch.core import UserError
 
 SCRIPT = Path(__file__).resolve().parent.parent/"benchmarks"/"run.py"
-WORK = "learn 400 tokens", "encode that text", "forward and backward", "write 16 tokens", "Muon step"
+WORK = "learn 400 tokens", "encode that text", "forward and backward", "Muon step", "write 16 tokens"
+PEERS = "PyTorch", "transformers", "transformers, float32", "llama.cpp, f32", "llama.cpp, q8_0"  # of the last
 
 
 @pytest.fixture
@@ -25,13 +26,15 @@ def bench():
 
 
 def test_one_command_one_table():
-    pytest.importorskip("transformers")
+    for peer in ("transformers", "numba", "xllamacpp"): pytest.importorskip(peer)
     done = subprocess.run([sys.executable, SCRIPT, "--rounds", "1", "--tiny"], capture_output=True, text=True, encoding="utf-8", timeout=200, check=False)
     assert done.returncode == 0, done.stderr
     head, legend, *_ = [line for line in done.stdout.splitlines() if line]
     assert "torch" in head and "on 1 thread" in legend
     rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in done.stdout.splitlines() if line.startswith("|")][2:]
-    assert [r[0][:len(w)] for r, w in zip(rows, WORK, strict=True)] == list(WORK), done.stdout
+    work = [*WORK, *WORK[-1:]*(len(PEERS)-1)]
+    assert [r[0][:len(w)] for r, w in zip(rows, work, strict=True)] == work, done.stdout
+    assert [r[1].startswith(peer) for r, peer in zip(rows[4:], PEERS, strict=True)] == [True]*5
     for _, _, ours, theirs, ratio in rows:
         assert all(re.fullmatch(r"([\d.e-]+) \(\1–\1\)", cell) for cell in (ours, theirs)) and float(ratio) > 0  # one round: least, median and most are one
     assert "skipped" not in done.stdout
@@ -59,16 +62,14 @@ def has_another_weight(monkeypatch, bench):
 
 
 def writes_another_word(monkeypatch, bench):
-    transformers = pytest.importorskip("transformers")
-    real = transformers.Qwen3ForCausalLM.generate
-    monkeypatch.setattr(transformers.Qwen3ForCausalLM, "generate", lambda *a, **k: real(*a, **k).index_fill(1, torch.tensor([-1]), 0))
+    monkeypatch.setattr(bench, "in_pytorch", lambda *a, real=bench.in_pytorch: [*real(*a)[:-1], 0])
 
 
 def makes_five_rounds(monkeypatch, bench):
     monkeypatch.setattr(torch.optim, "Muon", lambda *a, real=torch.optim.Muon, **k: real(*a, **k | dict(ns_steps=5)))
 
 
-SPOILERS = learns_other_tokens, lacks_the_last_merge, has_another_weight, writes_another_word, makes_five_rounds
+SPOILERS = learns_other_tokens, lacks_the_last_merge, has_another_weight, makes_five_rounds, writes_another_word
 
 
 @pytest.mark.parametrize("work, spoil", list(zip(WORK, SPOILERS)), ids=[s.__name__ for s in SPOILERS])
@@ -84,8 +85,8 @@ def test_a_peer_that_is_missing_leaves_its_rows_out(bench, monkeypatch, capsys):
     monkeypatch.setattr(bench, "find_spec", lambda name: None if name == "transformers" else name)
     bench.main(["--rounds", "1", "--tiny"])
     out = capsys.readouterr().out
-    assert [w for w in WORK if f"| {w}" in out] == [WORK[0], WORK[1], WORK[4]]
-    assert out.splitlines()[-1] == "skipped modelling: transformers is not installed: pip install transformers"
+    assert [w for w in WORK if f"| {w}" in out] == [WORK[0], WORK[1], WORK[3], WORK[4]]
+    assert out.splitlines()[-2:] == [f"skipped {pairs}: transformers is not installed: pip install transformers" for pairs in ("modelling", "decoding")]
 
 
 def test_text_that_cannot_be_fetched_leaves_its_rows_out(bench, monkeypatch, capsys):
