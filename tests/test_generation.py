@@ -372,6 +372,18 @@ LONG = replace(CFG, context_len=400)
 def parts_of(n): return st.lists(st.integers(1, n), min_size=1, max_size=12)
 
 
+@pytest.mark.parametrize("window", [1, 2, 5])
+def test_a_window_cache_gives_what_may_be_seen_and_no_more(window):
+    cache, past = WindowCache(LONG, 1, window), 0
+    for T in (1, 1, 3, 1, 9, 4, 5, 1, 1):
+        at = torch.arange(past, past+T, dtype=torch.float32)[:, None].expand(1, 2, T, 16)
+        for layer in range(3):
+            k, v = cache.update(layer, at+1000*layer, -at)
+            expected = list(range(max(0, past-window+1), past+T))
+            assert (k[0, :, :, 5]-1000*layer).tolist() == [expected]*2 and v[0, :, :, 5].tolist() == [[-x for x in expected]]*2
+        past = cache.past = past+T
+
+
 @settings(max_examples=12, deadline=None)
 @given(st.sampled_from([1, 2, 5, 16]), st.integers(0, 3), st.booleans(), parts_of(40))
 def test_a_window_cache_changes_nothing_far_past_the_window(window, spare, learned, parts):
