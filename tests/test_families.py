@@ -272,12 +272,13 @@ def test_a_writers_cache_changes_no_answer(parts, make, filled_up):
 
 
 def test_a_source_is_made_keys_and_values_once():
-    model, source, rows = filled(EncoderDecoder(BASE)), ids_of(BASE, 2, 15), []
+    model, source, rows, graphs = filled(EncoderDecoder(BASE)), ids_of(BASE, 2, 15), [], []
+    model.readers[0].register_forward_hook(lambda m, given, out: graphs.append(out.requires_grad))
     for layer in model.writers:
         layer.cross_attn.v_proj.register_forward_hook(lambda m, given, out: rows.append(("read", given[0].shape[1])))
         layer.self_attn.v_proj.register_forward_hook(lambda m, given, out: rows.append(("written", given[0].shape[1])))
     rewrite(model, source, start_id=0, end_id=-5, max_new_tokens=7)
-    assert sorted(rows) == [("read", 15)]*3 + [("written", 1)]*21
+    assert sorted(rows) == [("read", 15)]*3 + [("written", 1)]*21 and graphs == [False]
 
 
 @pytest.mark.parametrize("T, past", [(1, 0), (1, 30), (5, 17), (40, 160)])
