@@ -229,6 +229,15 @@ def test_a_cache_changes_no_answer(make):
         assert_close(torch.cat(pieces, 1), model(ids), atol=1e-5, rtol=1e-5)
 
 
+def test_gpt2_has_a_small_vector_for_every_place_and_for_no_other():
+    model, ids, cache = GPT2(BASE), ids_of(BASE, 1, 49), Cache(BASE, 1, 60)
+    assert .015 < model.embed_positions.weight.std() < .025
+    with torch.no_grad():
+        for _ in range(4): model(ids[:,:12], cache)
+        for text, held in ((ids, None), (ids[:,:1], cache)):
+            with pytest.raises(ValueError, match="49 positions do not fit into context_len=48: there is no vector for them"): model(text, held)
+
+
 def test_an_encoder_hears_both_sides_and_no_filling():
     model, modern, ids = filled(Encoder(BASE)), filled(Decoder(BASE, block=encoder_block)), ids_of(BASE, 2, 20)
     other = ids.clone()
