@@ -6,8 +6,8 @@
 __all__ = ['CHOICES', 'PlainAttention', 'MLP', 'gpt2_block', 'GPT2', 'llama_block', 'UntiedDecoder', 'route', 'MoE',
            'gate_scores', 'balance_loss', 'window_attend', 'CrossAttention', 'hide', 'PostBlock', 'Encoder',
            'mask_tokens', 'see_all', 'encoder_block', 'log_buckets', 'past_buckets', 'both_buckets', 'RelativeBias',
-           'ReadBlock', 'WriteBlock', 'start_t5', 'EncoderDecoder', 'UntiedEncoderDecoder', 'corrupt_spans', 'rewrite',
-           'Choice', 'choose_architecture']
+           'WriteCache', 'ReadBlock', 'WriteBlock', 'start_t5', 'EncoderDecoder', 'UntiedEncoderDecoder',
+           'corrupt_spans', 'rewrite', 'Choice', 'choose_architecture']
 
 # %% ../nbs/02a_families.ipynb #e4a43f2c
 import math
@@ -29,7 +29,7 @@ class PlainAttention(nn.Module):
         cfg:ModelConfig, # the sizes
         layer:int=0, # which layer this is, the key under which a cache remembers it
         *,
-        mix:Callable=fused_attend, # `(q,k,v)` to means of values
+        mix:Callable=fused_attend, # `(q,k,v)`, and what a cache adds to them, to means of values
         linear:Callable=nn.Linear, # called with two widths; GPT-2 and BERT have biases
     ):
         super().__init__()
@@ -43,8 +43,8 @@ class PlainAttention(nn.Module):
 
     def forward(self, x_BTD:torch.Tensor, rotation=None, cache=None)->torch.Tensor: # `(B,T,D)`; the rotation is not used
         q,k,v = (self.heads(proj(x_BTD)) for proj in (self.q_proj, self.k_proj, self.v_proj))
-        if cache is not None: k,v = cache.update(self.layer, k, v)
-        return self.o_proj(self.mix(q, k, v).transpose(1, 2).flatten(2))
+        kv = (k, v) if cache is None else cache.update(self.layer, k, v)
+        return self.o_proj(self.mix(q, *kv).transpose(1, 2).flatten(2))
 
 # %% ../nbs/02a_families.ipynb #b005acd2
 class MLP(nn.Module):
@@ -84,7 +84,8 @@ class GPT2(Decoder):
     def hidden(self, ids_BT:torch.Tensor, cache=None)->torch.Tensor: # `(B,T,D)`, the normed stream
         T,past = ids_BT.shape[1],0 if cache is None else cache.past
         if past+T > self.cfg.context_len: raise ValueError(f"{past+T} positions do not fit into context_len={self.cfg.context_len}: there is no vector for them")
-        x_BTD = self.embed_tokens(ids_BT) + self.embed_positions.weight[past:past+T]
+        place = torch.arange(T, device=ids_BT.device) if cache is None else cache.places(T) # a row that begins with filling stands elsewhere
+        x_BTD = self.embed_tokens(ids_BT) + self.embed_positions(place)
         for layer in self.layers: x_BTD = layer(x_BTD, None, cache)
         if cache is not None: cache.past += T
         return self.norm(x_BTD)
@@ -170,13 +171,15 @@ def window_attend(
     q_BHTK:torch.Tensor, # queries of the last `T` positions
     k_BGSK:torch.Tensor, # keys of all `S >= T` positions; `G` divides `H`
     v_BGSK:torch.Tensor, # values of the same positions
+    sees_BTS:torch.Tensor|None=None, # which position each query may see, bool; None: itself and the past
     *,
     window:int, # positions that a query sees, itself included
 )->torch.Tensor: # `(B,H,T,K)`, for each query a mean of the last `window` values
     "Causal attention with a short memory (Child et al. 2019; Jiang et al. 2023)."
     T,S = q_BHTK.shape[2],k_BGSK.shape[2]
     past_TS = torch.arange(S-T, S, device=q_BHTK.device)[:,None] - torch.arange(S, device=q_BHTK.device)
-    return F.scaled_dot_product_attention(q_BHTK, k_BGSK, v_BGSK, (past_TS >= 0) & (past_TS < window), enable_gqa=True)
+    near = (past_TS >= 0) & (past_TS < window)
+    return F.scaled_dot_product_attention(q_BHTK, k_BGSK, v_BGSK, near if sees_BTS is None else (near & sees_BTS)[:,None], enable_gqa=True)
 
 # %% ../nbs/02a_families.ipynb #1bd48080
 class CrossAttention(PlainAttention):
@@ -190,12 +193,16 @@ class CrossAttention(PlainAttention):
         super().__init__(cfg, linear=linear)
         self.scale = cfg.d_head**-.5 if scale is None else scale
 
+    def keys_values(self, seen_BSD:torch.Tensor)->tuple[torch.Tensor, torch.Tensor]: # both `(B,G,S,K)`
+        return self.heads(self.k_proj(seen_BSD)),self.heads(self.v_proj(seen_BSD))
+
     def forward(self,
         x_BTD:torch.Tensor, # who asks
         seen_BSD:torch.Tensor, # who answers
         bias:torch.Tensor|None=None, # added to the scores `(B,H,T,S)`, -inf hides; None shows everything
+        recall:Callable=keys_values, # `(self, seen_BSD)` to keys and values; one that remembers spares computing them
     )->torch.Tensor: # `(B,T,D)`
-        q,k,v = self.heads(self.q_proj(x_BTD)),self.heads(self.k_proj(seen_BSD)),self.heads(self.v_proj(seen_BSD))
+        q,(k,v) = self.heads(self.q_proj(x_BTD)),recall(self, seen_BSD)
         if bias is not None: bias = bias.to(q.dtype)
         return self.o_proj(F.scaled_dot_product_attention(q, k, v, bias, scale=self.scale, enable_gqa=True).transpose(1, 2).flatten(2))
 
@@ -332,9 +339,39 @@ class RelativeBias(nn.Module):
         self.buckets = partial(buckets, n_buckets=n_buckets, max_distance=max_distance)
         self.embed_distance = nn.Embedding(n_buckets, n_heads)
 
-    def forward(self, T:int)->torch.Tensor: # `(1,H,T,T)`
-        at = torch.arange(T, device=self.embed_distance.weight.device)
-        return self.embed_distance(self.buckets(at - at[:,None])).permute(2, 0, 1)[None]
+    def forward(self,
+        T:int, # positions that ask
+        past:int=0, # positions before them
+    )->torch.Tensor: # `(1,H,T,past+T)`
+        at = torch.arange(past+T, device=self.embed_distance.weight.device)
+        return self.embed_distance(self.buckets(at - at[past:,None])).permute(2, 0, 1)[None]
+
+# %% ../nbs/02a_families.ipynb #d2a18a0d
+class WriteCache:
+    "What a writer need not compute again: keys and values of all that it wrote, and of what was read. It belongs to one source."
+    def __init__(self,
+        max_len:int, # positions that will ever be written
+    ): self.past,self.max_len,self.kept = 0,max_len,{}
+
+    def grow(self,
+        attn:CrossAttention, # whose
+        x_BTD:torch.Tensor, # what is new of the text
+    )->list[torch.Tensor]: # keys and values `(B,G,S,K)` of all that is written
+        "Write the new positions behind the past and return everything so far."
+        end = self.past + x_BTD.shape[1]
+        if end > self.max_len: raise ValueError(f"{end} positions do not fit into a cache of max_len={self.max_len}")
+        new = attn.keys_values(x_BTD)
+        if attn not in self.kept: self.kept[attn] = [x.new_zeros(*x.shape[:2], self.max_len, x.shape[3]) for x in new]
+        for kept,x in zip(self.kept[attn], new): kept[:,:,self.past:end] = x
+        return [kept[:,:,:end] for kept in self.kept[attn]]
+
+    def once(self,
+        attn:CrossAttention, # whose
+        seen_BSD:torch.Tensor, # what was read
+    )->tuple[torch.Tensor, torch.Tensor]: # its keys and values `(B,G,S,K)`
+        "Compute them the first time, remember them ever after."
+        if attn not in self.kept: self.kept[attn] = attn.keys_values(seen_BSD)
+        return self.kept[attn]
 
 # %% ../nbs/02a_families.ipynb #ea840d96
 _attend = partial(CrossAttention, linear=Flat, scale=1.)
@@ -353,9 +390,9 @@ class ReadBlock(nn.Module):
         self.attn_norm,self.self_attn = norm(cfg.d_model, cfg.norm_eps),attention(cfg)
         self.mlp_norm,self.mlp = norm(cfg.d_model, cfg.norm_eps),mlp(cfg)
 
-    def listen(self, x_BTD:torch.Tensor, bias:torch.Tensor)->torch.Tensor: # `(B,T,D)`
+    def listen(self, x_BTD:torch.Tensor, bias:torch.Tensor, recall:Callable=CrossAttention.keys_values)->torch.Tensor: # `(B,T,D)`
         y_BTD = self.attn_norm(x_BTD)
-        return x_BTD + self.self_attn(y_BTD, y_BTD, bias)
+        return x_BTD + self.self_attn(y_BTD, y_BTD, bias, recall)
 
     def forward(self, x_BTD:torch.Tensor, bias:torch.Tensor)->torch.Tensor: # `(B,T,D)`
         x_BTD = self.listen(x_BTD, bias)
@@ -373,9 +410,16 @@ class WriteBlock(ReadBlock):
         super().__init__(cfg, attention=attention, mlp=mlp, norm=norm)
         self.cross_norm,self.cross_attn = norm(cfg.d_model, cfg.norm_eps),attention(cfg)
 
-    def forward(self, x_BTD:torch.Tensor, bias:torch.Tensor, seen_BSD:torch.Tensor, seen_bias:torch.Tensor|None=None)->torch.Tensor: # `(B,T,D)`
-        x_BTD = self.listen(x_BTD, bias)
-        x_BTD = x_BTD + self.cross_attn(self.cross_norm(x_BTD), seen_BSD, seen_bias)
+    def forward(self,
+        x_BTD:torch.Tensor, # what is new of the text
+        bias:torch.Tensor, # who hears whom in what is written `(B,H,T,S)`
+        seen_BSD:torch.Tensor, # what was read
+        seen_bias:torch.Tensor|None=None, # what of it may be heard; None is all
+        cache:WriteCache|None=None, # remembers what came before; None is nothing
+    )->torch.Tensor: # `(B,T,D)`
+        grow,once = [CrossAttention.keys_values]*2 if cache is None else [cache.grow, cache.once]
+        x_BTD = self.listen(x_BTD, bias, grow)
+        x_BTD = x_BTD + self.cross_attn(self.cross_norm(x_BTD), seen_BSD, seen_bias, once)
         return x_BTD + self.mlp(self.mlp_norm(x_BTD))
 
 # %% ../nbs/02a_families.ipynb #0b7fb671
@@ -419,15 +463,17 @@ class EncoderDecoder(nn.Module):
         return self.read_norm(x_BSD)
 
     def write(self,
-        ids_BT:torch.Tensor, # ids written so far
+        ids_BT:torch.Tensor, # ids written so far, without those in the cache
         seen_BSD:torch.Tensor, # from `read`
         is_text_BS:torch.Tensor|None=None, # the same as for `read`
+        cache:WriteCache|None=None, # what came before `ids_BT`; its `past` grows by `T`
     )->torch.Tensor: # logits `(B,T,V)` float32
-        "Scores for the next token at every position of what is written."
-        T = ids_BT.shape[1]
-        future_TT = torch.ones(T, T, dtype=torch.bool, device=ids_BT.device).triu(1)
-        x_BTD,bias = self.embed_tokens(ids_BT),self.write_bias(T).masked_fill(future_TT, -torch.inf)
-        for layer in self.writers: x_BTD = layer(x_BTD, bias, seen_BSD, hide(is_text_BS))
+        "Scores for the next token at every new position of what is written."
+        T,past = ids_BT.shape[1],0 if cache is None else cache.past
+        future_TS = torch.ones(T, past+T, dtype=torch.bool, device=ids_BT.device).triu(past+1)
+        x_BTD,bias = self.embed_tokens(ids_BT),self.write_bias(T, past).masked_fill(future_TS, -torch.inf)
+        for layer in self.writers: x_BTD = layer(x_BTD, bias, seen_BSD, hide(is_text_BS), cache)
+        if cache is not None: cache.past += T
         return self.scores(self.write_norm(x_BTD)).float()
 
     def scores(self, x_BTD:torch.Tensor)->torch.Tensor: # `(B,T,V)`, dot products with the embeddings, made smaller
@@ -487,10 +533,10 @@ def rewrite(
     max_new_tokens:int, # at most so many
 )->torch.Tensor: # `(B,max_new_tokens)`
     "The answer to each source, the likeliest token each time."
-    seen_BSD = model.read(source_BS, is_text_BS)
+    seen_BSD,cache = model.read(source_BS, is_text_BS),WriteCache(max_new_tokens)
     ids_BT = torch.full_like(source_BS[:,:1], start_id)
     for _ in range(max_new_tokens):
-        new_B = model.write(ids_BT, seen_BSD, is_text_BS)[:,-1].argmax(-1)
+        new_B = model.write(ids_BT[:,cache.past:], seen_BSD, is_text_BS, cache)[:,-1].argmax(-1)
         new_B = new_B.masked_fill(ids_BT[:,-1] == end_id, end_id)
         ids_BT = torch.cat((ids_BT, new_B[:,None]), 1)
     return ids_BT[:,1:]

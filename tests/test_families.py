@@ -5,10 +5,11 @@ from functools import partial
 import pytest
 import torch
 from torch import nn
+from hypothesis import given, settings, strategies as st
 from torch.testing import assert_close
 
 from llm_scratch.architecture import Attention, Block, Decoder, ModelConfig, attend, init_weights
-from llm_scratch.families import (CHOICES, GPT2, Encoder, EncoderDecoder, MoE, balance_loss, both_buckets, choose_architecture, corrupt_spans, encoder_block, gate_scores, llama_block,
+from llm_scratch.families import (CHOICES, GPT2, Encoder, EncoderDecoder, MoE, RelativeBias, UntiedEncoderDecoder, WriteCache, balance_loss, both_buckets, choose_architecture, corrupt_spans, encoder_block, gate_scores, llama_block,
                                   mask_tokens, past_buckets, rewrite, route, start_t5, window_attend)
 from llm_scratch.generation import Cache
 
@@ -228,6 +229,15 @@ def test_a_cache_changes_no_answer(make):
         assert_close(torch.cat(pieces, 1), model(ids), atol=1e-5, rtol=1e-5)
 
 
+def test_gpt2_has_a_small_vector_for_every_place_and_for_no_other():
+    model, ids, cache = GPT2(BASE), ids_of(BASE, 1, 49), Cache(BASE, 1, 60)
+    assert .015 < model.embed_positions.weight.std() < .025
+    with torch.no_grad():
+        for _ in range(4): model(ids[:,:12], cache)
+        for text, held in ((ids, None), (ids[:,:1], cache)):
+            with pytest.raises(ValueError, match="49 positions do not fit into context_len=48: there is no vector for them"): model(text, held)
+
+
 def test_an_encoder_hears_both_sides_and_no_filling():
     model, modern, ids = filled(Encoder(BASE)), filled(Decoder(BASE, block=encoder_block)), ids_of(BASE, 2, 20)
     other = ids.clone()
@@ -251,6 +261,40 @@ def test_a_writer_hears_the_source_and_its_own_past():
         assert (model(ids, source)-model(ids, change(source, 3))).abs().amax((0, 2)).gt(1e-3).all()
         assert (model(ids, source, is_text)-model(ids, change(source, 12), is_text)).abs().max() == 0
         assert_close(model(ids, source, is_text), model(ids, source[:,:9]), atol=1e-5, rtol=1e-5)
+
+
+@settings(max_examples=15, deadline=None)
+@given(st.lists(st.integers(1, 9), min_size=1, max_size=8), st.sampled_from([EncoderDecoder, UntiedEncoderDecoder]), st.booleans())
+def test_a_writers_cache_changes_no_answer(parts, make, filled_up):
+    cfg, n = replace(BASE, n_kv_heads=2), sum(parts)
+    model, source, ids = filled(make(cfg)), ids_of(cfg, 2, 15), ids_of(cfg, 2, n, seed=3)
+    is_text = torch.arange(15) < torch.tensor([15, 9])[:,None] if filled_up else None
+    with torch.no_grad():
+        seen, cache = model.read(source, is_text), WriteCache(n)
+        got = torch.cat([model.write(part, seen, is_text, cache) for part in ids.split(parts, 1)], 1)
+        assert_close(got, model(ids, source, is_text), atol=1e-5, rtol=1e-5)
+        assert cache.past == n
+        with pytest.raises(ValueError, match=f"{n+1} positions do not fit into a cache of max_len={n}"): model.write(ids[:,:1], seen, is_text, cache)
+        cache.past = parts[0]  # take the rest back and write something else
+        other = ids.flip(1)[:,:n-parts[0]]
+        if other.shape[1]: assert_close(model.write(other, seen, is_text, cache), model(torch.cat((ids[:,:parts[0]], other), 1), source, is_text)[:,parts[0]:], atol=1e-5, rtol=1e-5)
+
+
+def test_a_source_is_made_keys_and_values_once():
+    model, source, rows, graphs = filled(EncoderDecoder(BASE)), ids_of(BASE, 2, 15), [], []
+    model.readers[0].register_forward_hook(lambda m, given, out: graphs.append(out.requires_grad))
+    for layer in model.writers:
+        layer.cross_attn.v_proj.register_forward_hook(lambda m, given, out: rows.append(("read", given[0].shape[1])))
+        layer.self_attn.v_proj.register_forward_hook(lambda m, given, out: rows.append(("written", given[0].shape[1])))
+    rewrite(model, source, start_id=0, end_id=-5, max_new_tokens=7)
+    assert sorted(rows) == [("read", 15)]*3 + [("written", 1)]*21 and graphs == [False]
+
+
+@pytest.mark.parametrize("T, past", [(1, 0), (1, 30), (5, 17), (40, 160)])
+def test_a_bias_for_new_rows_is_the_end_of_the_whole(T, past):
+    for buckets in (past_buckets, both_buckets):
+        bias = filled(RelativeBias(4, buckets))
+        with torch.no_grad(): assert torch.equal(bias(T, past), bias(past+T)[:,:,past:])
 
 
 ALL = DECODERS | dict(encoder=Encoder, modern_encoder=partial(Decoder, block=encoder_block), encoder_decoder=EncoderDecoder)

@@ -7,19 +7,25 @@ import pytest
 import torch
 from hypothesis import given, settings, strategies as st
 
-from llm_scratch.architecture import Decoder, ModelConfig, save_model
+from llm_scratch.architecture import Attention, Block, Decoder, ModelConfig, save_model
+from llm_scratch.families import GPT2, MLP, MoE, PlainAttention, UntiedDecoder, llama_block, window_attend
 from llm_scratch.generation import (
-    Cache, PaddedCache, ends_with, generate, keep_min_p, keep_top_k, keep_top_p, logprobs, next_probs, pad_left, penalize_repeats, sample, stream)
+    Cache, PaddedCache, WindowCache, begin, ends_with, generate, keep_min_p, keep_top_k, keep_top_p, logprobs, next_probs, pad_left, penalize_repeats, read_on,
+    sample, stream)
 
 CFG = ModelConfig(vocab_size=131, context_len=64, n_layers=3, n_heads=4, n_kv_heads=2, d_model=40, d_ff=72, d_head=16)
 
 
-@pytest.fixture(scope="module")
-def model():
-    model, rng = Decoder(CFG), torch.Generator().manual_seed(0)
+def drawn(model):
+    "The same model with weights that matter, all of them."
+    rng = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for p in model.parameters(): p.copy_(.2 * torch.randn(p.shape, generator=rng))
     return model
+
+
+@pytest.fixture(scope="module")
+def model(): return drawn(Decoder(CFG))
 
 
 @pytest.fixture
@@ -125,6 +131,54 @@ def test_samples_come_from_next_probs(z, temperature, k, p, min_p):
     assert (prob[0, sample(z.expand(50, -1), temperature, k, p, torch.Generator().manual_seed(0), min_p=min_p)] > 0).all()
 
 
+@settings(max_examples=40, deadline=None)
+@given(logits, st.floats(.2, 5))
+def test_temperature_is_a_power_of_the_probabilities(z, temperature):
+    z = z.double()
+    prob = next_probs(z, temperature)
+    powered = z.softmax(-1)**(1/temperature)
+    assert torch.allclose(prob, powered/powered.sum(), atol=1e-9) and abs(prob.sum().item() - 1) < 1e-9
+
+
+@settings(max_examples=40, deadline=None)
+@given(logits)
+def test_cold_is_greedy_and_hot_is_even(z):
+    z = z.round(decimals=2)  # nothing is nearly equal
+    greedy = next_probs(z, 0)
+    assert greedy.tolist() == [[float(i == z.argmax()) for i in range(z.shape[1])]] and sample(z, 0).item() == z.argmax()
+    assert greedy.dtype == z.dtype
+    cold, best = next_probs(z, 1e-30), z == z.max()
+    assert torch.allclose(cold, best/best.sum()) and next_probs(z, 1e30).sub(1/z.shape[1]).abs().max() < 1e-6
+
+
+def test_temperature_comes_before_the_filters_and_top_k_first():
+    z = torch.tensor([[.5, .3, .2]]).log()
+    assert torch.allclose(next_probs(z, .5, min_p=.3), torch.tensor([[25/34, 9/34, 0]]))  # .2 is .4 of .5, and .16 of it when squared
+    assert next_probs(z, 2., top_p=.76).gt(0).sum() == 3 and next_probs(z, 1., top_p=.76).gt(0).sum() == 2  # the best two have .737 when flattened, .8 as they are
+    four = torch.tensor([[.4, .3, .2, .1]]).log()
+    assert torch.allclose(next_probs(four, top_k=2, top_p=.5), torch.tensor([[1., 0, 0, 0]]))  # .4 of .7 is more than .5; of 1 it is not
+
+
+def test_a_sampler_draws_what_next_probs_says():
+    z, rng = torch.randn(6, generator=torch.Generator().manual_seed(3)), torch.Generator().manual_seed(4)
+    for how in (dict(temperature=.5), dict(temperature=2., top_k=4), dict(top_p=.8), dict(min_p=.2)):
+        prob = next_probs(z[None], **how)[0]
+        count, kept = torch.bincount(sample(z.expand(20_000, 6), rng=rng, **how), minlength=6), prob > 0
+        assert (count[~kept] == 0).all() and ((count - 20_000*prob)[kept]**2 / (20_000*prob[kept])).sum() < 20.6  # 5 degrees of freedom, once in a thousand
+
+
+@pytest.mark.parametrize("how, says", [(dict(temperature=-1), "temperature=-1"), (dict(top_k=0), "top_k=0"), (dict(top_p=0), "top_p=0"), (dict(top_p=1.1), "top_p=1.1"),
+                                       (dict(min_p=-.1), "min_p=-0.1"), (dict(min_p=1.1), "min_p=1.1")])
+def test_dials_out_of_range_are_refused(how, says):
+    with pytest.raises(ValueError, match=says): next_probs(torch.zeros(1, 3), **how)
+    with pytest.raises(ValueError, match=says): sample(torch.zeros(1, 3), **how)
+
+
+def test_a_penalty_must_be_positive():
+    for penalty in (0, -1):
+        with pytest.raises(ValueError, match=f"penalty={penalty}"): penalize_repeats(torch.zeros(1, 3), torch.tensor([[1]]), penalty)
+
+
 def test_a_rule_sees_the_whole_text_and_comes_before_the_dials(model, ids):
     seen = []
     def rule(logits, text):
@@ -159,7 +213,7 @@ def test_every_row_scores_as_it_would_alone(model, lengths, cut, fill):
         for row, text in zip(got, texts): torch.testing.assert_close(row[T-len(text):], model(text[None])[0], atol=1e-4, rtol=1e-4)
 
 
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=8, deadline=None)
 @given(lengths)
 def test_every_row_writes_as_it_would_alone(model, lengths):
     texts = prompts_of(lengths)
@@ -222,10 +276,162 @@ def test_a_cache_reads_only_what_is_new(model, ids):
     assert generate(model, anew[:, :20], 5, temperature=0, cache=cache).tolist() == generate(model, anew[:, :20], 5, temperature=0).tolist()  # a shorter text
 
 
+def test_to_begin_is_to_have_ids_and_room(model, ids):
+    for texts, kind in ((ids, Cache), (ids.tolist(), Cache), ([[1, 2], [3]], PaddedCache)):
+        ids_BT, cache = begin(model, texts, 5)
+        assert type(cache) is kind and (cache.past, cache.max_len) == (0, ids_BT.shape[1]+5)
+        assert torch.equal(ids_BT, ids if kind is Cache else torch.tensor([[1, 2], [3, 3]]))
+    own = Cache(CFG, 3, 12)
+    ids_BT, cache = begin(model, ids, 5, own)
+    assert cache is own
+    first, rest = read_on(model, ids_BT[:, :3], cache), read_on(model, ids_BT, cache)
+    assert not rest.requires_grad and first.shape[1] == 3 and rest.shape[1] == 4
+    with torch.no_grad(): torch.testing.assert_close(torch.cat((first, rest), 1), model(ids), atol=1e-4, rtol=1e-4)
+
+
 def test_a_cache_that_does_not_fit_is_refused_at_once(model, ids):
     with pytest.raises(ValueError, match="a cache of 1 rows does not fit 3 texts"): stream(model, ids, 3, cache=Cache(CFG, 1, 64))
     with pytest.raises(ValueError, match="a cache of 2 rows does not fit 2 texts"): stream(model, [[1], [2, 3]], 3, cache=Cache(CFG, 2, 64))
     with pytest.raises(ValueError, match="more than the cache's max_len=9: ask for at most 2"): stream(model, ids, 3, cache=Cache(CFG, 3, 9))
+
+
+# --- every decoder of chapter 02a -----------------------------------------------------------------------------------
+
+def windowed(window, attention=Attention):
+    return lambda cfg, layer: Block(cfg, layer, attention=partial(attention, mix=partial(window_attend, window=window)))
+
+
+def few_experts(cfg, layer): return Block(cfg, layer, mlp=partial(MoE, n_experts=4, top_k=2))
+
+
+DECODERS = dict(qwen3=Decoder, gpt2=GPT2, llama=partial(Decoder, block=llama_block), untied=UntiedDecoder, experts=partial(Decoder, block=few_experts),
+                window=partial(Decoder, block=windowed(5)), gpt2_window=partial(GPT2, block=windowed(5, PlainAttention), norm=torch.nn.LayerNorm))
+
+
+@pytest.fixture(scope="module", params=DECODERS.values(), ids=DECODERS.keys())
+def decoder(request): return drawn(request.param(CFG))
+
+
+def close(a, b): torch.testing.assert_close(a, b, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("parts", [[20], [7, 1, 1, 11], [1]*20], ids=["whole", "parts", "one by one"])
+def test_cached_is_uncached(decoder, parts):
+    text, cache = torch.stack(prompts_of([20, 20])), Cache(CFG, 2, 20)
+    with torch.no_grad(): close(torch.cat([decoder(part, cache) for part in text.split(parts, 1)], 1), decoder(text))
+    assert cache.past == 20
+    with pytest.raises(ValueError, match="21 positions do not fit into a cache of max_len=20"), torch.no_grad(): decoder(text[:, :1], cache)
+
+
+@pytest.mark.parametrize("cut", [0, 4])
+def test_filling_changes_nothing(decoder, cut):
+    texts = prompts_of([3, 9, 1, 6, 9])
+    padded, n_pad = pad_left(texts)
+    more, cache = torch.randint(131, (5, 3), generator=torch.Generator().manual_seed(8)), PaddedCache(CFG, n_pad, 12)
+    with torch.no_grad():
+        got = torch.cat([decoder(part, cache) for part in (padded[:, :cut], padded[:, cut:], *more.split(1, 1)) if part.shape[1]], 1)
+        for row, text, new in zip(got, texts, more): close(row[9-len(text):], decoder(torch.cat((text, new))[None])[0])
+    together = generate(decoder, texts, 12, temperature=0)
+    for row, text in zip(together.tolist(), texts): assert row[-12-len(text):] == generate(decoder, text[None], 12, temperature=0)[0].tolist()
+    scored = logprobs(decoder, texts)
+    for row, text in zip(scored, texts): close(row[9-len(text):], logprobs(decoder, text[None])[0])
+
+
+def test_a_beginning_that_many_share_is_read_once(decoder):
+    "Prefix and continuation, in a fork, are what a fresh run is."
+    [start], more = prompts_of([9]), torch.randint(131, (4, 6), generator=torch.Generator().manual_seed(8))
+    cache = Cache(CFG, 1, 20)
+    with torch.no_grad():
+        decoder(start[None], cache)
+        before = cache.k_LBGSK.clone()
+        fresh = decoder(torch.cat((start.expand(4, 9), more), 1))[:, 9:]
+        for parts in ([6], [2, 4]):
+            users = cache.fork([0]*4)
+            close(torch.cat([decoder(part, users) for part in more.split(parts, 1)], 1), fresh)
+            assert (cache.past, users.past) == (9, 15) and torch.equal(cache.k_LBGSK, before)
+    told = torch.cat((start.expand(4, 9), more), 1)
+    assert generate(decoder, told, 5, temperature=0, cache=cache.fork([0]*4)).tolist() == generate(decoder, told, 5, temperature=0).tolist()
+
+
+def test_places_count_the_text_and_not_the_filling():
+    cache = PaddedCache(CFG, torch.tensor([0, 2, 5]), 9)
+    assert cache.places(4).tolist() == [[0, 1, 2, 3], [0, 0, 0, 1], [0, 0, 0, 0]]
+    cache.past = 4
+    assert cache.places(3).tolist() == [[4, 5, 6], [2, 3, 4], [0, 0, 1]]
+    assert cache.fork([2, 0]).places(2).tolist() == [[0, 0], [4, 5]]
+    plain = Cache(CFG, 3, 9)
+    plain.past = 4
+    assert plain.places(3).tolist() == [4, 5, 6]
+
+
+# --- short memories ---------------------------------------------------------------------------------------------------
+
+LONG = replace(CFG, context_len=400)
+
+
+def parts_of(n): return st.lists(st.integers(1, n), min_size=1, max_size=12)
+
+
+@pytest.mark.parametrize("window", [1, 2, 5])
+def test_a_window_cache_gives_what_may_be_seen_and_no_more(window):
+    cache, past = WindowCache(LONG, 1, window), 0
+    for T in (1, 1, 3, 1, 9, 4, 5, 1, 1):
+        at = torch.arange(past, past+T, dtype=torch.float32)[:, None].expand(1, 2, T, 16)
+        for layer in range(3):
+            k, v = cache.update(layer, at+1000*layer, -at)
+            expected = list(range(max(0, past-window+1), past+T))
+            assert (k[0, :, :, 5]-1000*layer).tolist() == [expected]*2 and v[0, :, :, 5].tolist() == [[-x for x in expected]]*2
+        past = cache.past = past+T
+
+
+@settings(max_examples=12, deadline=None)
+@given(st.sampled_from([1, 2, 5, 16]), st.integers(0, 3), st.booleans(), parts_of(40))
+def test_a_window_cache_changes_nothing_far_past_the_window(window, spare, learned, parts):
+    model = drawn((partial(GPT2, block=windowed(window, PlainAttention)) if learned else partial(Decoder, block=windowed(window)))(LONG))
+    text, cache = torch.randint(131, (2, sum(parts)), generator=torch.Generator().manual_seed(2)), WindowCache(LONG, 2, window+spare)
+    memory = cache.k_LBGSK.data_ptr(), cache.v_LBGSK.data_ptr()
+    with torch.no_grad(): close(torch.cat([model(part, cache) for part in text.split(parts, 1)], 1), model(text))
+    assert cache.past == sum(parts) and cache.k_LBGSK.shape == cache.v_LBGSK.shape == (3, 2, 2, window+spare, 16)
+    assert memory == (cache.k_LBGSK.data_ptr(), cache.v_LBGSK.data_ptr())  # reserved once
+
+
+@pytest.fixture(scope="module")
+def short(): return drawn(Decoder(LONG, block=windowed(7)))
+
+
+def test_writing_with_a_window_cache(short, ids):
+    free = generate(short, ids, 120, temperature=0)
+    cache = WindowCache(LONG, 3, 7)
+    turn = generate(short, ids, 50, temperature=0, cache=cache)
+    assert turn.tolist() == free[:, :57].tolist()
+    assert generate(short, turn, 70, temperature=0, cache=cache).tolist() == free.tolist()  # goes on where it stopped
+    with pytest.raises(ValueError, match="more than context_len=400"): stream(short, ids, 394, cache=cache)
+    with pytest.raises(ValueError, match="126 positions were read and the last 7 kept: the text can be taken back to 125, not to 19"): next(stream(short, free[:, :20], 5, cache=cache))
+
+
+def test_how_far_a_text_can_be_taken_back(short, ids):
+    text, cache = ids.repeat(1, 3), WindowCache(LONG, 3, 7)
+    with torch.no_grad():
+        short(text[:, :7], cache)
+        cache.past = 2  # nothing is lost yet
+        close(short(text[:, 4:12], cache), short(torch.cat((text[:, :2], text[:, 4:12]), 1))[:, 2:])
+        cache.past -= 1
+        close(short(text[:, :1], cache), short(torch.cat((text[:, :2], text[:, 4:11], text[:, :1]), 1))[:, -1:])
+        assert cache.past == 10
+        cache.past = 9
+        with pytest.raises(ValueError, match="back to 9, not to 8"): cache.past -= 1
+        assert cache.past == 9
+
+
+def test_forks_of_a_window_cache_go_their_own_ways(short, ids):
+    cache, more = WindowCache(LONG, 3, 7), torch.randint(131, (4, 12), generator=torch.Generator().manual_seed(8))
+    with torch.no_grad():
+        short(ids.repeat(1, 2), cache)
+        rows = [2, 0, 0, 1]
+        fork, fresh = cache.fork(rows), short(torch.cat((ids.repeat(1, 2)[rows], more), 1))[:, 14:]
+        close(torch.cat([short(part, fork) for part in more.split([1, 5, 6], 1)], 1), fresh)
+        assert (cache.past, fork.past) == (14, 26)
+        close(short(more[:3], cache), short(torch.cat((ids.repeat(1, 2), more[:3]), 1))[:, 14:])
 
 
 # --- stops and scores ------------------------------------------------------------------------------------------------

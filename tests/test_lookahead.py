@@ -1,5 +1,6 @@
 "Beams against every text there is, and drafts against the target's own distribution."
 from dataclasses import replace
+from functools import partial
 from itertools import product
 
 import pytest
@@ -7,14 +8,15 @@ import torch
 from hypothesis import given, settings, strategies as st
 
 from llm_scratch.architecture import Decoder, ModelConfig
+from llm_scratch.families import GPT2, UntiedDecoder, llama_block
 from llm_scratch.generation import generate, logprobs, next_probs
 from llm_scratch.lookahead import acceptance, beam_search, speculate
 
 CFG = ModelConfig(vocab_size=131, context_len=64, n_layers=3, n_heads=4, n_kv_heads=2, d_model=40, d_ff=72, d_head=16)
 
 
-def drawn(cfg, scale, seed):
-    model, rng = Decoder(cfg), torch.Generator().manual_seed(seed)
+def drawn(cfg, scale, seed, make=Decoder):
+    model, rng = make(cfg), torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for p in model.parameters(): p.copy_(scale * torch.randn(p.shape, generator=rng))
     return model
@@ -138,6 +140,15 @@ def test_drafts_that_cannot_help_are_refused(model, small, ids):
     with pytest.raises(ValueError, match="vocabularies of 131 and 3 ids"): speculate(model, small[0], ids[:1], 3)
     with pytest.raises(ValueError, match="3 prompts"): speculate(model, model, ids, 3)
     with pytest.raises(ValueError, match="context_len=64"): speculate(model, model, ids[:1], 58)
+
+
+@pytest.mark.parametrize("make", [GPT2, UntiedDecoder, partial(Decoder, block=llama_block)], ids=["gpt2", "untied", "llama"])
+def test_every_decoder_can_look_ahead(model, ids, make):
+    other = drawn(CFG, .2, 3, make)
+    plain = generate(other, ids[:1], 20, temperature=0)
+    assert beam_search(other, ids[:1], 20, 1)[0].tolist() == plain.tolist()
+    for target, draft in ((other, model), (model, other)):  # also as a draft for another family
+        assert torch.cat(list(speculate(target, draft, ids[:1], 20, temperature=0))).tolist() == generate(target, ids[:1], 20, temperature=0)[0, 7:].tolist()
 
 
 def test_drafts_leave_gradients_on(model, ids):
