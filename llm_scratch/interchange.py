@@ -340,25 +340,25 @@ def load_hf(
     if isinstance(model, Decoder): model.cos,model.sin = rope_angles(model.cfg.context_len, model.cfg.d_head, model.cfg.rope_theta) # computed, never saved
     return model.eval()
 
-# %% ../nbs/02c_interchange.ipynb #903bde1d
+# %% ../nbs/02c_interchange.ipynb #b8eaf84a
 def _show(value:object)->str:
+    if value is None: return "nothing"
     if isinstance(value, partial): return f"{_show(value.func)}({', '.join(f'{k}={v}' for k,v in value.keywords.items())})"
     return getattr(value, "__name__", None) or repr(value)
 
-def _attributes(module:nn.Module|None)->dict: # what it is, what it was told, and the shapes of its own tensors
-    if module is None: return dict(kind="nothing")
-    told = {name:_plain(value) for name,value in vars(module).items() if not name.startswith("_") and name not in ("training", "cfg")}
-    return dict(kind=type(module).__name__, type=type(module)) | told | {name:tuple(p.shape) for name,p in module.named_parameters(recurse=False)}
+def _traits(module:nn.Module|None)->dict[str, object]: # what it is, what it was told, and the shapes of its own tensors
+    if module is None: return {}
+    told = {name:value for name,value in vars(module).items() if not name.startswith("_") and name not in ("training", "cfg")}
+    return {"":type(module)} | told | {name:tuple(p.shape) for name,p in module.named_parameters(recurse=False)}
 
 def _difference(model:nn.Module, twin:nn.Module)->str: # "" when there is none
     "The first part in which a model is not what its fields say."
     ours,theirs = dict(model.named_modules()),dict(twin.named_modules())
-    for at in [*ours, *(name for name in theirs if name not in ours)]:
-        mine,wanted = _attributes(ours.get(at)),_attributes(theirs.get(at))
-        for name in [*mine, *(n for n in wanted if n not in mine)]:
-            if mine.get(name) != wanted.get(name):
-                a,b = (_show(getattr(m.get(at), name, at_[name] if name in at_ else None)) for m,at_ in ((ours, mine), (theirs, wanted)))
-                return f"{'.'.join(filter(None, (at, '' if name in ('kind', 'type') else name))) or 'the model'} is {a}, not {b}"
+    for at in ours | theirs:
+        mine,wanted = _traits(ours.get(at)),_traits(theirs.get(at))
+        for name in mine | wanted:
+            a,b = mine.get(name),wanted.get(name)
+            if _plain(a) != _plain(b): return f"{'.'.join(filter(None, (at, name))) or 'the model'} is {_show(a)}, not {_show(b)}"
     return ""
 
 # %% ../nbs/02c_interchange.ipynb #8088d052
