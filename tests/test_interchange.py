@@ -20,7 +20,7 @@ from llm_scratch.architecture import Attention, Block, Decoder, Flat, ModelConfi
 from llm_scratch.core import UserError
 from llm_scratch.families import (GPT2, MLP, BareEncoder, Encoder, EncoderDecoder, MoE, PlainAttention, PostBlock, ReadBlock, RelativeBias, UntiedDecoder, UntiedEncoderDecoder, WriteBlock,
                                   encoder_block, llama_block, window_attend)
-from llm_scratch.interchange import FORMATS, HARMLESS, OFF, copy_tokenizer, find_tensors, load_hf, load_special_ids, respell, save_hf, split_shards
+from llm_scratch.interchange import FORMATS, HARMLESS, HARMLESS_WHEN, copy_tokenizer, find_tensors, load_hf, load_special_ids, respell, save_hf, split_shards
 
 hf = pytest.importorskip("transformers")
 hf.logging.set_verbosity_error()
@@ -207,7 +207,7 @@ def test_fields_that_matter_are_those_that_a_model_says_of_itself():
     for fmt in FORMATS:
         said = usual(fmt)
         assert interchange._fields(fmt, interchange._build(fmt, said)) == said
-        assert not said.keys() & (HARMLESS | fmt.harmless)
+        assert not said.keys() & (HARMLESS | fmt.harmless) and not HARMLESS & HARMLESS_WHEN.keys()
 
 
 @pytest.mark.parametrize("name, drop", [("llama", ["head_dim"]), ("llama", ["rope_parameters", "rms_norm_eps", "attention_bias", "mlp_bias", "hidden_act"]), ("gpt2", ["n_inner", "activation_function"]),
@@ -361,6 +361,7 @@ def cut(key): return lambda w: w.update({key: w[key][1:].contiguous()})
     ("gpt2", without("transformer.h.1.mlp.c_fc.bias"), "the tensor transformer.h.1.mlp.c_fc.bias is missing"),
     ("bert", without("cls.predictions.bias"), "the tensor cls.predictions.bias is missing"),
     ("bare_bert", plus("cls.predictions.bias", 131), "the tensor cls.predictions.bias is not a part"),
+    ("gpt2", plus("wte.weight", 131, 40), "the tensor transformer.wte.weight is there twice"),
     ("t5", plus("lm_head.weight", 131, 40), "the tensor lm_head.weight differs from shared.weight"),
     ("t5", without("decoder.block.0.layer.0.SelfAttention.relative_attention_bias.weight"), "relative_attention_bias.weight is missing"),
     ("llama", lambda w: w.update({"model.norm.weight": w["model.norm.weight"].double()}), "torch.float32, torch.float64"),
@@ -543,7 +544,8 @@ def test_special_ids_are_written_and_read(saved, tmp_path):
     theirs = hf.T5ForConditionalGeneration.from_pretrained(at)
     assert theirs.generation_config.decoder_start_token_id == 0 and theirs.config.eos_token_id == 1
     assert load_special_ids(save_hf(model, tmp_path/"y")) == {}
-    for bad in (dict(eos_token_id=131), dict(eos_token_id=-1), dict(unk_token_id=1)):
+    assert load_special_ids(save_hf(model, tmp_path/"y", special_ids=dict(eos_token_id=[1, 9]))) == dict(eos_token_id=[1, 9])
+    for bad in (dict(eos_token_id=131), dict(eos_token_id=-1), dict(eos_token_id=[1, 131]), dict(unk_token_id=1)):
         with pytest.raises(ValueError, match=next(iter(bad))): save_hf(model, tmp_path/"z", special_ids=bad)
 
 
