@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['CHOICES', 'PlainAttention', 'MLP', 'gpt2_block', 'GPT2', 'llama_block', 'UntiedDecoder', 'route', 'MoE',
            'gate_scores', 'balance_loss', 'window_attend', 'CrossAttention', 'hide', 'PostBlock', 'Encoder',
-           'mask_tokens', 'see_all', 'encoder_block', 'log_buckets', 'past_buckets', 'both_buckets', 'RelativeBias',
-           'WriteCache', 'ReadBlock', 'WriteBlock', 'start_t5', 'EncoderDecoder', 'UntiedEncoderDecoder',
-           'corrupt_spans', 'rewrite', 'Choice', 'choose_architecture']
+           'BareEncoder', 'mask_tokens', 'see_all', 'encoder_block', 'log_buckets', 'past_buckets', 'both_buckets',
+           'RelativeBias', 'WriteCache', 'ReadBlock', 'WriteBlock', 'start_t5', 'EncoderDecoder',
+           'UntiedEncoderDecoder', 'corrupt_spans', 'rewrite', 'Choice', 'choose_architecture']
 
 # %% ../nbs/02a_families.ipynb #e4a43f2c
 import math
@@ -240,10 +240,11 @@ class Encoder(nn.Module):
         *,
         block:Callable=PostBlock, # called with `cfg`
         norm:Callable=nn.LayerNorm, # of the embeddings and the head, called with a width and an epsilon
+        act:Callable=F.gelu, # of the head, applied to each of the `D` numbers
         n_types:int=2, # kinds of text in one row, such as question and answer
     ):
         super().__init__()
-        self.cfg,D = cfg,cfg.d_model
+        self.cfg,self.act,D = cfg,act,cfg.d_model
         self.embed_tokens,self.embed_positions,self.embed_types = (nn.Embedding(n, D) for n in (cfg.vocab_size, cfg.context_len, n_types))
         self.norm = norm(D, cfg.norm_eps)
         self.layers = nn.ModuleList(block(cfg) for _ in range(cfg.n_layers))
@@ -265,8 +266,21 @@ class Encoder(nn.Module):
         return x_BTD
 
     def forward(self, ids_BT:torch.Tensor, is_text_BT:torch.Tensor|None=None, types_BT:torch.Tensor|None=None)->torch.Tensor: # logits `(B,T,V)` float32
-        x_BTD = self.head_norm(F.gelu(self.head_proj(self.hidden(ids_BT, is_text_BT, types_BT))))
+        x_BTD = self.head_norm(self.act(self.head_proj(self.hidden(ids_BT, is_text_BT, types_BT))))
         return F.linear(x_BTD, self.embed_tokens.weight, self.head_bias).float()
+
+# %% ../nbs/02a_families.ipynb #9abb7259
+class BareEncoder(Encoder):
+    "An encoder without the head: a text to one vector per token (Reimers & Gurevych 2019)."
+    def __init__(self,
+        cfg:ModelConfig, # the sizes
+        **parts:Callable, # as for `Encoder`
+    ):
+        super().__init__(cfg, **parts)
+        del self.head_proj, self.head_norm, self.head_bias
+
+    def forward(self, ids_BT:torch.Tensor, is_text_BT:torch.Tensor|None=None, types_BT:torch.Tensor|None=None)->torch.Tensor: # `(B,T,D)`
+        return self.hidden(ids_BT, is_text_BT, types_BT)
 
 # %% ../nbs/02a_families.ipynb #70bf312d
 def mask_tokens(

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['SPECIALS', 'PATTERN', 'train_merges', 'Tokenizer', 'train_bpe', 'to_tokenizers_json', 'save_tokenizer',
-           'load_tokenizer', 'write_shards', 'Shards']
+           'load_tokenizer', 'HubTokenizer', 'write_shards', 'Shards']
 
 # %% ../nbs/04_tokenization.ipynb #c5988d8d
 import hashlib
@@ -88,6 +88,9 @@ class Tokenizer:
     @property
     def eot_id(self)->int: # of the first special token, which stands between documents
         return 256+len(self.merges)
+    @property
+    def start_id(self)->int: # of what a model reads before any text
+        return self.eot_id
     @property
     def digest(self)->str: # 64 hexadecimal digits; equal for equal tokenizers
         return hashlib.sha256(json.dumps([PATTERN, self.merges, self.specials]).encode("utf-8")).hexdigest()
@@ -187,6 +190,41 @@ def load_tokenizer(
     saved = read_json(folder/"tokenizer.json", remedy)
     vocab = saved["model"]["vocab"]
     return Tokenizer([(vocab[a], vocab[b]) for a,b in saved["model"]["merges"]], [t["content"] for t in saved["added_tokens"]])
+
+# %% ../nbs/04_tokenization.ipynb #21fe008b
+class HubTokenizer:
+    "A byte-level tokenizer that somebody else has trained, run by the `tokenizers` library."
+    def __init__(self,
+        folder:str|Path, # has a `tokenizer.json`
+        eot_id:int, # ends a text
+        start_id:int|None=None, # stands before every text; None is `eot_id`
+    ):
+        from tokenizers import Tokenizer as Hub
+        path = Path(folder)/"tokenizer.json"
+        saved = read_json(path, "give a folder with the tokenizer of the model")
+        parts = saved.get("decoder") or {}
+        kinds = [d["type"] for d in parts.get("decoders", [parts]) if "type" in d]
+        if "ByteLevel" not in kinds: raise UserError(f"{path} puts text together by {', '.join(kinds) or 'nothing'}: tokenizers that work on bytes (ByteLevel) are opened here")
+        self.hub,self.eot_id,self.start_id = Hub.from_str(json.dumps(saved)),eot_id,eot_id if start_id is None else start_id
+        byte,added = {c:b for b,c in enumerate(_stand_ins())},{t["content"] for t in saved["added_tokens"]}
+        of_id = {i:t.encode("utf-8") if t in added else bytes(byte[c] for c in t) for t,i in self.hub.get_vocab().items()}
+        self.token_bytes = [of_id.get(i, b"") for i in range(max(of_id)+1)] # of every id, nothing where there is a gap
+
+    @property
+    def vocab_size(self)->int: # `V`
+        return len(self.token_bytes)
+
+    def encode(self,
+        text:str, # any; the spelling of a special token is that token
+    )->list[int]: # ids
+        "Text to ids, without those that begin and end it."
+        return self.hub.encode(text, add_special_tokens=False).ids
+
+    def decode(self,
+        ids:Iterable[int], # any, in any order
+    )->str: # with � for bytes that are no character
+        "Ids to text."
+        return b"".join(self.token_bytes[i] for i in ids).decode("utf-8", errors="replace")
 
 # %% ../nbs/04_tokenization.ipynb #995b038f
 def write_shards(

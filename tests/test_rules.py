@@ -19,6 +19,7 @@ MAY_IMPORT = {
     "compiled": {"core", "architecture"},
     "generation": {"core", "architecture", "compiled"},  # compiled within a function: an accelerator that is a later chapter
     "lookahead": {"core", "architecture", "generation"},
+    "interchange": {"core", "architecture", "families"},
     "data": {"core"},
     "tokenization": {"core"},
     "pretraining": {"core"},
