@@ -17,6 +17,7 @@ MAY_IMPORT = {
     "architecture": {"core"},
     "families": {"core", "architecture"},
     "generation": {"core", "architecture"},
+    "llamacpp": {"core", "architecture", "families", "tokenization"},  # a GGUF holds a model and its vocabulary in one file
     "data": {"core"},
     "tokenization": {"core"},
     "pretraining": {"core"},
