@@ -1,7 +1,6 @@
 "GGUF both ways: weights, sizes and vocabularies come back, llama.cpp says the same text, and what is not understood is refused by name."
 import json
 import random
-import threading
 from dataclasses import replace
 from functools import partial
 from http.client import HTTPConnection
@@ -13,7 +12,7 @@ import torch
 from tokenizers import Tokenizer as Rust
 
 from llm_scratch import llamacpp
-from llm_scratch.architecture import Attention, Block, Decoder, ModelConfig, RMSNorm, SwiGLU
+from llm_scratch.architecture import Attention, Block, Decoder, ModelConfig, RMSNorm, SwiGLU, init_weights
 from llm_scratch.core import UserError
 from llm_scratch.families import GPT2, MoE, UntiedDecoder, encoder_block, llama_block, window_attend
 from llm_scratch.generation import generate
@@ -25,17 +24,19 @@ TEXT = ["Mix the flour and 250 ml of milk. Don't stir!\n\n1. Bake it for 20 minu
 TOK = train_bpe(TEXT, 300)
 JSON = to_tokenizers_json(TOK)
 CFG = ModelConfig(vocab_size=300, context_len=96, n_layers=2, n_heads=4, n_kv_heads=2, d_model=32, d_ff=64, d_head=8)
+HALF = [i for i, b in enumerate(TOK.token_bytes) if "\ufffd" in b.decode("utf-8", errors="replace")]
 SHAPES = {"qwen3": (Decoder, Block), "qwen3 untied": (UntiedDecoder, Block), "llama": (Decoder, llama_block), "llama untied": (UntiedDecoder, llama_block)}
 SIZES = {"grouped": {}, "one head of keys": dict(n_kv_heads=1), "as many as queries": dict(n_kv_heads=4), "heads of 10": dict(d_head=10), "heads of 2": dict(d_head=2), "odd widths": dict(d_model=36, d_ff=52, d_head=6),
          "other constants": dict(rope_theta=5e5, norm_eps=1e-5, context_len=80)}
 
 
 def made(shape, seed=0, **sizes):
-    "A model in which every weight matters, and whose scores lie far apart."
+    "A model in which every weight matters, whose scores lie far apart, and which says no half characters: llama.cpp's server would wait for the rest of them."
     make, block = SHAPES[shape]
-    model, rng = make(replace(CFG, **sizes), block=block), torch.Generator().manual_seed(seed)
+    model, rng = init_weights(make(replace(CFG, **sizes), block=block), seed), torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for p in model.parameters(): p.add_(.25*torch.randn(p.shape, generator=rng))
+        getattr(model, "lm_head", model.embed_tokens).weight[HALF] = 0
     return model
 
 
@@ -63,7 +64,10 @@ class Llama:
             return json.loads(line.getresponse().read())
         finally: line.close()
 
-    def __enter__(self): return self
+    def __enter__(self):
+        self.ask("/tokenize", content="")  # a server that is ended before it has begun hangs
+        return self
+
     def __exit__(self, *_): del self.server  # ends its threads
 
 
@@ -143,7 +147,7 @@ def greedy(model, ids, n):
     return generate(model, torch.tensor([ids]), n, temperature=0, stops=stops)[0, len(ids):].tolist()
 
 
-@pytest.mark.parametrize("sizes", ["grouped", "one head of keys", "heads of 10", "odd widths", "other constants"])
+@pytest.mark.parametrize("sizes", ["grouped", "one head of keys", "heads of 2", "heads of 10", "odd widths", "other constants"])
 def test_llamacpp_says_the_same_twenty_texts(tmp_path, shape, sizes):
     model = made(shape, **SIZES[sizes])
     with Llama(save_gguf(model, JSON, tmp_path/"m.gguf", dtype="f32")) as llama:
@@ -174,7 +178,7 @@ def test_the_server_is_gone_afterwards(tmp_path):
     with Llama(path): pass  # threads that stay for good start with the first
     before = n_threads()
     with Llama(path) as llama: at, during = llama.at, n_threads()
-    assert during > before and n_threads() <= before and not [t for t in threading.enumerate() if t.name.startswith("Llama")]
+    assert during > before and n_threads() <= before
     with pytest.raises(OSError): HTTPConnection(at, timeout=5).request("GET", "/health")
 
 
@@ -258,7 +262,7 @@ def test_wrong_arguments_are_named(tmp_path):
     path, model = tmp_path/"no.gguf", made("qwen3")
     refused("dtype='int4' is none of f32, f16", model, JSON, path, dtype="int4")
     refused("q8_0 packs 32 numbers of a row at a time, and embed_tokens.weight has rows of 36: choose f16", made("qwen3", d_model=36), JSON, path, dtype="q8_0")
-    refused("300 tokens and the model vocab_size=290", made("qwen3", vocab_size=290), JSON, path, kind=UserError)
+    refused("300 tokens and the model vocab_size=290", Decoder(replace(CFG, vocab_size=290)), JSON, path, kind=UserError)
     refused("<s> is no special token of this tokenizer: it has <.endoftext.>", model, JSON, path, kind=UserError, eot="<s>")
     for part in (dict(normalizer=dict(type="NFC")), dict(pre_tokenizer=dict(type="Whitespace")), dict(model=JSON["model"] | dict(type="WordPiece"))):
         refused("has no name for", model, JSON | part, path, kind=UserError)
