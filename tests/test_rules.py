@@ -20,6 +20,7 @@ MAY_IMPORT = {
     "generation": {"core", "architecture", "compiled"},  # compiled within a function: an accelerator that is a later chapter
     "lookahead": {"core", "architecture", "generation"},
     "interchange": {"core", "architecture", "families"},
+    "llamacpp": {"core", "architecture", "families", "tokenization"},  # a GGUF holds a model and its vocabulary in one file
     "data": {"core"},
     "tokenization": {"core"},
     "pretraining": {"core"},
