@@ -17,6 +17,7 @@ MAY_IMPORT = {
     "architecture": {"core"},
     "families": {"core", "architecture"},
     "generation": {"core", "architecture"},
+    "inside": {"core", "architecture"},
     "data": {"core"},
     "tokenization": {"core"},
     "pretraining": {"core"},
