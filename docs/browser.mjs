@@ -2,7 +2,7 @@
 //
 //     node docs/browser.mjs FOLDER [--search WORD=PAGE] [--shots FOLDER]
 //
-// Prints one line of JSON: { pages, formulas, widgets, results, problems }; leaves with status 1 when there are problems.
+// Prints one line of JSON: { pages, formulas, widgets, followers, results, problems }; followers are the pages where a picture follows the first slider; leaves with status 1 when there are problems.
 // CHROMIUM names the browser; /usr/bin/chromium otherwise.
 import { createReadStream, existsSync, mkdirSync, readdirSync, statSync } from 'node:fs';
 import { createServer } from 'node:http';
@@ -55,7 +55,7 @@ const browser = await chromium.launch({
   executablePath: process.env.CHROMIUM || '/usr/bin/chromium',
   args: ['--no-sandbox', '--disable-gpu', '--disable-quic', '--no-first-run', '--disable-background-networking', '--disable-component-update', '--disable-sync'],
 });
-const report = { pages: 0, formulas: 0, widgets: 0, results: null, problems: [] };
+const report = { pages: 0, formulas: 0, widgets: 0, followers: [], results: null, problems: [] };
 const problem = (where, what) => report.problems.push(`${where}: ${what}`);
 
 async function open(file, context) {
@@ -89,6 +89,13 @@ async function visit(file, context) {
   const wanted = await page.locator('script[type="application/vnd.jupyter.widget-view+json"]').count();
   if (wanted) await page.locator('.jupyter-widgets').first().waitFor({ timeout: 20000 }).catch(() => problem(file, 'no widget appeared'));
   report.widgets += await page.locator('.jupyter-widgets').count();
+  const handle = page.locator('.jupyter-widgets .noUi-handle').first(), shown = () => page.locator('.widget-html-content:visible').allInnerTexts();
+  if (wanted && await handle.count()) {
+    const before = (await shown()).join();
+    await handle.press('ArrowRight');
+    await page.waitForTimeout(300);
+    if ((await shown()).join() !== before) report.followers.push(file);
+  }
   for (const what of await page.evaluate(faint)) problem(file, `light: ${what}`);
   await shot(page, `${name}-light`);
 

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['Flat', 'attend', 'fused_attend', 'rope_angles', 'rope', 'RMSNorm', 'ModelConfig', 'SwiGLU', 'Attention', 'Block',
-           'init_weights', 'Decoder', 'n_params', 'flops_per_token', 'training_flops_per_token', 'cache_bytes',
-           'save_model', 'load_model']
+           'init_weights', 'Decoder', 'n_params', 'flops_per_token', 'training_flops_per_token', 'activation_bytes',
+           'cache_bytes', 'save_model', 'load_model']
 
 # %% ../nbs/02_architecture.ipynb #5b19ab47
 from collections.abc import Callable
@@ -254,6 +254,20 @@ def training_flops_per_token(
 )->int: # floating-point operations of forward and backward pass, for one token
     "Three forward passes: one forward, two for the gradients of inputs and weights."
     return 3*flops_per_token(cfg, seq_len)
+
+# %% ../nbs/02_architecture.ipynb #443cc638
+def activation_bytes(
+    cfg:ModelConfig, # the sizes
+    batch_size:int, # texts at once
+    seq_len:int, # positions of each
+    bytes_per_number:int=4, # 4 for a float32 model, 2 for a bfloat16 one; norms and the loss keep float32 in both
+)->int: # bytes
+    "Memory that autograd keeps between forward and backward pass of one training step, with `fused_attend`, as PyTorch does it on a CPU."
+    D,H,G,K,Ff,L = cfg.d_model,cfg.n_heads,cfg.n_kv_heads,cfg.d_head,cfg.d_ff,cfg.n_layers
+    norms = L*(2*(2*D+1) + (H+G)*(2*K+1)) + 2*D+1 # input, its scale, and their product
+    inputs = L*(2*D + 2*H*K + 2*G*K + 4*Ff) + D # of matrices, of attention, of the gate
+    scales,log_probs,ids = L*H,cfg.vocab_size,2*8 # of softmax; of the loss; inputs and targets
+    return batch_size*seq_len*(4*(norms + scales + log_probs) + bytes_per_number*inputs + ids)
 
 # %% ../nbs/02_architecture.ipynb #e0ced001
 def cache_bytes(

@@ -1,12 +1,18 @@
 "The decoder against transformers, and what belongs to no chapter: dtypes, autocast, files."
 import json
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
+import torch.nn.functional as F
+from hypothesis import given, settings, strategies as st
+from torch.utils.flop_counter import FlopCounterMode
 
-from llm_scratch.architecture import Decoder, ModelConfig, flops_per_token, init_weights, load_model, n_params, save_model
+from llm_scratch.architecture import (Attention, Block, Decoder, ModelConfig, activation_bytes, attend, cache_bytes, flops_per_token, init_weights, load_model,
+                                      n_params, save_model, training_flops_per_token)
 from llm_scratch.core import UserError
+from llm_scratch.generation import Cache
 
 BASE = ModelConfig(vocab_size=131, context_len=64, n_layers=3, n_heads=4, n_kv_heads=2, d_model=40, d_ff=72, d_head=16)
 SHAPES = dict(grouped=BASE, one_kv_head=replace(BASE, n_kv_heads=1), every_head=replace(BASE, n_kv_heads=4),
@@ -112,3 +118,58 @@ def test_same_seed_same_weights_and_each_matrix_its_own():
 def test_tiny_is_valid_small_and_keeps_the_vocabulary(cfg):
     tiny = cfg.tiny()
     assert tiny.vocab_size == cfg.vocab_size and flops_per_token(tiny, 64) <= 2**19 and Decoder(tiny)(_ids(cfg, 1, 4)).shape == (1, 4, 131)
+
+
+# --- what it costs: formulas against counting ------------------------------------------------------------------------
+
+_heads = st.tuples(st.integers(1, 3), st.integers(1, 3))
+_configs = st.builds(lambda heads, half, **sizes: ModelConfig(context_len=64, n_heads=heads[0]*heads[1], n_kv_heads=heads[0], d_head=2*half, **sizes), heads=_heads, half=st.integers(1, 16),
+                     vocab_size=st.integers(2, 300), n_layers=st.integers(1, 4), d_model=st.integers(1, 70), d_ff=st.integers(1, 90))
+_few = settings(max_examples=25, deadline=None, derandomize=True)
+
+
+def _kept(model: Decoder, batch_size: int, seq_len: int) -> int:
+    "Bytes of all memory that autograd keeps for the backward pass, weights and tables of the model left out."
+    ids, targets = (torch.zeros(batch_size, seq_len, dtype=torch.long) for _ in range(2))
+    own, kept = {t.untyped_storage()._cdata for t in (*model.parameters(), *model.buffers())}, {}
+
+    def keep(t):
+        memory = t.untyped_storage()
+        if memory._cdata not in own: kept[memory._cdata] = memory  # kept alive, so that no address is used twice
+        return t
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t): F.cross_entropy(model(ids).flatten(0, 1), targets.flatten())
+    return sum(memory.nbytes() for memory in kept.values())
+
+
+@_few
+@given(_configs, st.integers(1, 3), st.integers(1, 64), st.sampled_from([torch.float32, torch.bfloat16]))
+def test_activation_bytes_are_what_autograd_keeps(cfg, batch_size, seq_len, dtype):
+    expected = activation_bytes(cfg, batch_size, seq_len, dtype.itemsize)
+    assert _kept(Decoder(cfg).to(dtype), batch_size, seq_len) == pytest.approx(expected, rel=.01, abs=4)  # cross_entropy keeps one number more
+
+
+@_few
+@given(_configs, st.integers(1, 3), st.integers(1, 64))
+def test_flops_are_what_pytorch_counts(cfg, batch_size, seq_len):
+    model, ids = Decoder(cfg, block=partial(Block, attention=partial(Attention, mix=attend))), torch.zeros(batch_size, seq_len, dtype=torch.long)
+    with FlopCounterMode(display=False) as forward: loss = F.cross_entropy(model(ids).flatten(0, 1), ids.flatten())
+    with FlopCounterMode(display=False) as backward: loss.backward()
+    assert forward.get_total_flops() == pytest.approx(ids.numel()*flops_per_token(cfg, seq_len), rel=.01)
+    assert forward.get_total_flops() + backward.get_total_flops() == pytest.approx(ids.numel()*training_flops_per_token(cfg, seq_len), rel=.01)
+
+
+@_few
+@given(_configs, st.integers(1, 3), st.integers(1, 64))
+def test_weights_and_cache_are_what_is_there(cfg, batch_size, seq_len):
+    model, cache = Decoder(cfg), Cache(cfg, batch_size, seq_len)
+    assert sum(p.numel() for p in model.parameters()) == n_params(cfg)
+    with torch.no_grad(): model(torch.zeros(batch_size, seq_len, dtype=torch.long), cache)
+    assert cache.k_LBGSK.nbytes + cache.v_LBGSK.nbytes == cache_bytes(cfg, batch_size, seq_len)
+
+
+@pytest.mark.parametrize("cfg", [replace(BASE, d_model=768, n_heads=12, n_kv_heads=12, d_head=64, d_ff=2048, vocab_size=50257),
+                                 replace(BASE, n_layers=4, n_heads=32, n_kv_heads=8, d_model=4096, d_ff=12288, d_head=128, vocab_size=151936)], ids=["GPT-2", "8B"])
+def test_activation_bytes_at_published_widths(cfg):
+    from torch._subclasses.fake_tensor import FakeTensorMode
+    with FakeTensorMode(): kept = _kept(Decoder(cfg), 2, 64)
+    assert kept == pytest.approx(activation_bytes(cfg, 2, 64), rel=.01)

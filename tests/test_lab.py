@@ -116,6 +116,22 @@ def test_a_label_follows_a_slider(lab):
     assert report["saw"] == [False, True]
 
 
+# Chapter 02e's explorer, on a model that is small enough to be made here.
+EXPLORER = """import torch
+from llm_scratch.architecture import Decoder, ModelConfig
+from llm_scratch.inside import explore_attention
+torch.manual_seed(0)
+model = Decoder(ModelConfig(vocab_size=26, context_len=16, n_layers=2, n_heads=2, n_kv_heads=2, d_model=16, d_ff=16, d_head=8))
+explore_attention(model, lambda text: [ord(c)-97 for c in text], "abcdefghijklmnopqrstuvwxyz", "apple")"""
+
+
+def test_the_attention_explorer_follows_its_slider(lab):
+    write(lab.folder/"explorer.ipynb", EXPLORER)
+    report = lab("explorer.ipynb", "--presses", "1", "--until", "layer 0, head 1")
+    assert report["problems"] == [] and failures(report["cells"]) == []
+    assert report["saw"] == [False, True]
+
+
 def test_what_is_wrong_is_seen(lab):
     "An address elsewhere, a cell that fails, one after it that never runs."
     _, wrong, after = write(lab.folder/"wrong.ipynb", "from IPython.display import HTML\nHTML('<img src=\"https://example.org/x.png\">')", "1/0", "2")

@@ -21,6 +21,7 @@ MAY_IMPORT = {
     "lookahead": {"core", "architecture", "generation"},
     "interchange": {"core", "architecture", "families"},
     "llamacpp": {"core", "architecture", "families", "tokenization"},  # a GGUF holds a model and its vocabulary in one file
+    "inside": {"core", "architecture"},
     "data": {"core"},
     "tokenization": {"core"},
     "pretraining": {"core"},

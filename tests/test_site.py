@@ -127,6 +127,17 @@ def test_a_reader_in_chromium(site):
     report = read_in_chromium(site, "--search", "nucleus=generation.html")
     assert report["problems"] == []
     assert report["pages"] == len(list(site.glob("*.html"))) and report["formulas"] > 20
+    assert report["followers"] == ["inside.html"]  # the explorer's picture follows its slider, with no Python behind it
+
+
+def test_the_explorer_is_on_its_page(site):
+    "Every picture is in the page, the first of them shown, and links between sliders and pictures."
+    text = (site/"inside.html").read_text(encoding="utf-8")
+    assert text.count('type="application/vnd.jupyter.widget-view+json"') == 1
+    state = json.loads(re.search(r'<script type="application/vnd.jupyter.widget-state\+json">(.*?)</script>', text, re.S)[1])["state"].values()
+    pictures = [m["state"]["value"] for m in state if m["model_name"] == "HTMLModel"]
+    assert sorted(re.match("<div>(.*?)</div><svg", p)[1] for p in pictures) == [f"layer {n}, head {h}" for n in range(2) for h in range(2)]
+    assert sum(m["model_name"] == "LinkModel" for m in state) == 3
 
 
 # --- a book made up for what the real one may not have --------------------------------------------------------------
@@ -212,7 +223,7 @@ def test_directives_callouts_and_widgets(small, tmp_path):
     assert re.search(r"<details><summary>Hint</summary>\s*<div class=\"highlight-python", article)
     assert 'href="index.html"' in article and "torch.nn.Linear.html" in article and "functools.html#functools.partial" in article
     report = read_in_chromium(tmp_path/"out")
-    assert report["problems"] == [] and report["widgets"] == 3
+    assert report["problems"] == [] and report["widgets"] == 3 and report["followers"] == []  # this slider moves nothing
 
 
 @pytest.mark.parametrize("text, message", [("[gone](07_gone.ipynb)", "07_gone"), ("$\\frac{1}$", "KaTeX")], ids=["link", "formula"])
