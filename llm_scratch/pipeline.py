@@ -35,7 +35,7 @@ from .data import SOURCES, cache_dir, load_corpus, load_documents, nearest, save
 from .evaluation import Result, bits_per_byte, counts_steps, looks_like_recipe, mean_of, ratio_of, share_of, token_nats, train_ngram
 from .generation import Cache, sample, stream
 from .interchange import TOKENIZER_FILES, copy_tokenizer, find_tensors, load_hf, load_special_ids, save_hf
-from .llamacpp import load_gguf, save_gguf, save_modelfile
+from .llamacpp import load_gguf, read_gguf, save_gguf, write_modelfile
 from .pretraining import Batches, Step, TrainState, checkpoints, load_checkpoint, make_optimizers, prune_checkpoints, save_checkpoint, train, wsd
 from .tokenization import HubTokenizer, Shards, Tokenizer, load_tokenizer, save_tokenizer, train_bpe, write_shards
 
@@ -578,7 +578,8 @@ def import_gguf(
     folder:str|Path, # new or empty
 )->nn.Module: # as `load_gguf` opens it
     "Unpack a GGUF file into a run directory of its own."
-    model,tokenizer,special_ids = load_gguf(source)
+    (model,tokenizer),(fields,_) = load_gguf(source),read_gguf(source)
+    special_ids = {name:fields[f"tokenizer.ggml.{name}"] for name in ("bos_token_id", "eos_token_id") if f"tokenizer.ggml.{name}" in fields}
     with _importing(Path(folder), Path(source)) as new:
         save_hf(model, new, special_ids=special_ids)
         write_json(new/"tokenizer.json", tokenizer)
@@ -593,7 +594,7 @@ def open_imported(
     "An imported model that writes, and its tokenizer."
     model,ids = load_hf(Path(folder)/"model"),load_special_ids(Path(folder)/"model")
     if not isinstance(model, Decoder): raise UserError(f"{folder} holds an {type(model).__name__}, which does not continue texts: open it with load_hf")
-    if "eos_token_id" not in ids: raise UserError(f"{folder/'model'/'config.json'} does not say which id ends a text (eos_token_id)")
+    if "eos_token_id" not in ids: raise UserError(f"{Path(folder)/'model'/'config.json'} does not say which id ends a text (eos_token_id)")
     return model,HubTokenizer(Path(folder)/"model", _first(ids["eos_token_id"]), _first(ids["bos_token_id"]) if "bos_token_id" in ids else None)
 
 def _leaving(folder:Path)->tuple[nn.Module, Path, dict[str, int]]: # the model, where its tokenizer is, and its special ids
@@ -623,9 +624,12 @@ def export_gguf(
 )->Path: # `target`
     "Write the model of a run as one file that llama.cpp and Ollama open."
     model,home,special_ids = _leaving(Path(folder))
-    try: save_gguf(model, home, target, dtype=dtype, special_ids=special_ids)
+    saved = read_json(home/"tokenizer.json")
+    eot = next((t["content"] for t in saved["added_tokens"] if t["id"] == special_ids.get("eos_token_id")), None)
+    if not isinstance(model, Decoder) or eot is None: raise UserError(f"{folder} holds an {type(model).__name__} {'without an id that ends a text' if isinstance(model, Decoder) else 'that does not write'}: GGUF wants a decoder with eos_token_id")
+    try: save_gguf(model, saved, target, dtype=dtype, name=Path(folder).name, eot=eot)
     except ValueError as e: raise UserError(str(e)) from None # a part or a width that GGUF does not have
-    save_modelfile(target, **SAMPLING)
+    write_modelfile(target, **SAMPLING, stops=(eot,))
     return Path(target)
 
 # %% ../nbs/12_pipeline.ipynb #88540e8d
@@ -651,7 +655,7 @@ def _export_hf_verb(target:_From("DIR"), run:_RunOption=None, preset:_PresetOpti
     _console().print(f"export    {export_hf(_home(run, preset), target, max_shard_bytes)}", soft_wrap=True)
 
 @_verb("export-gguf")
-def _export_gguf_verb(target:_From("FILE"), run:_RunOption=None, preset:_PresetOption=None, dtype:Annotated[str, typer.Option(help="of the matrices: f32, f16 or q8_0")]="f16")->None:
+def _export_gguf_verb(target:_From("FILE"), run:_RunOption=None, preset:_PresetOption=None, dtype:Annotated[str, typer.Option(help="of the matrices: f32, f16, bf16, q8_0 or q4_1")]="f16")->None:
     "Write the model of a run as one file that llama.cpp opens, and a Modelfile for Ollama."
     _console().print(f"export    {export_gguf(_home(run, preset), target, dtype)}", soft_wrap=True)
 

@@ -26,7 +26,7 @@ MAY_IMPORT = {
     "tokenization": {"core"},
     "pretraining": {"core"},
     "evaluation": {"core"},
-    "pipeline": {"core", "architecture", "generation", "data", "tokenization", "pretraining", "evaluation"},
+    "pipeline": {"core", "architecture", "generation", "interchange", "llamacpp", "data", "tokenization", "pretraining", "evaluation"},
 }
 HEAVY = {"datasets", "tokenizers", "matplotlib", "rich", "typer", "ipywidgets", "transformers", "evaluate", "IPython", "pandas", "nbdev", "numba", "gguf", "xllamacpp"}
 HEAVY_BUT_ALLOWED = {"pipeline": {"typer"}, "compiled": {"numba"}}  # the command line is made of typer's annotations, compiled functions of numba's decorator
