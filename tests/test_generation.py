@@ -243,6 +243,7 @@ def test_transformers_agrees_on_padded_prompts(model, tmp_path):
 def test_lists_say_what_is_wrong_with_them(model):
     with pytest.raises(ValueError, match=r"lengths \[2, 0\]: a text has 0 tokens"): generate(model, [[1, 2], []], 3)
     with pytest.raises(ValueError, match="a text has 0 tokens"): generate(model, [], 3)
+    with pytest.raises(ValueError, match="0 tokens: give at least 1"): stream(model, torch.zeros(2, 0, dtype=torch.int64), 3)
     with pytest.raises(ValueError, match="62 tokens and max_new_tokens=3 make 65, more than context_len=64"): generate(model, [[1], [1]*62], 3)
 
 
