@@ -174,6 +174,14 @@ def test_dials_out_of_range_are_refused(how, says):
     with pytest.raises(ValueError, match=says): sample(torch.zeros(1, 3), **how)
 
 
+def test_the_ends_of_the_dials():
+    z = torch.tensor([[0., -30, -1]])
+    for keep in (partial(keep_top_p, p=1), partial(keep_min_p, p=0), partial(keep_top_k, k=9)): assert torch.equal(keep(z), z)  # 1e-13 too, which a sum to 1 would lose
+    assert torch.equal(keep_min_p(z, 1), keep_top_k(z, 1)) and torch.equal(keep_top_p(z, 1e-9), keep_top_k(z, 1))
+    assert next_probs(torch.tensor([[1e9, 0]]), 1e-30).tolist() == [[1, 0]]  # 1e39 is more than float32 holds
+    assert penalize_repeats(torch.tensor([[.5, -.5, 0, .5]]), torch.tensor([[0, 1, 2]]), 2.).tolist() == [[.25, -1, 0, .5]]
+
+
 def test_a_penalty_must_be_positive():
     for penalty in (0, -1):
         with pytest.raises(ValueError, match=f"penalty={penalty}"): penalize_repeats(torch.zeros(1, 3), torch.tensor([[1]]), penalty)
@@ -235,6 +243,7 @@ def test_transformers_agrees_on_padded_prompts(model, tmp_path):
 def test_lists_say_what_is_wrong_with_them(model):
     with pytest.raises(ValueError, match=r"lengths \[2, 0\]: a text has 0 tokens"): generate(model, [[1, 2], []], 3)
     with pytest.raises(ValueError, match="a text has 0 tokens"): generate(model, [], 3)
+    with pytest.raises(ValueError, match="0 tokens: give at least 1"): stream(model, torch.zeros(2, 0, dtype=torch.int64), 3)
     with pytest.raises(ValueError, match="62 tokens and max_new_tokens=3 make 65, more than context_len=64"): generate(model, [[1], [1]*62], 3)
 
 

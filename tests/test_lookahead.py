@@ -136,6 +136,14 @@ def test_the_dials_hold_for_drafts(small):
     assert (share[allowed == 0] == 0).all() and (share-allowed).abs().max() < .1
 
 
+def test_what_must_not_depend_on_luck(model, ids):
+    p, q = torch.tensor([[.5, .3, .2], [.1, .2, .7]]), torch.tensor([[.2, .7, .1]])
+    keep, rest = acceptance(p, q, torch.tensor([1]))
+    torch.testing.assert_close(keep, torch.tensor([3/7]))
+    torch.testing.assert_close(rest, torch.tensor([[.75, 0, .25], [.1, .2, .7]]))  # .3 and .1 are lacking
+    assert [len(x) for x in speculate(model, model, ids[:1], 10, temperature=0)] == [5, 5]  # four guesses unless told otherwise
+
+
 def test_drafts_that_cannot_help_are_refused(model, small, ids):
     with pytest.raises(ValueError, match="vocabularies of 131 and 3 ids"): speculate(model, small[0], ids[:1], 3)
     with pytest.raises(ValueError, match="3 prompts"): speculate(model, model, ids, 3)
