@@ -27,7 +27,7 @@ hf.logging.set_verbosity_error()
 hf.logging.disable_progress_bar()
 
 BASE = ModelConfig(vocab_size=131, context_len=48, n_layers=2, n_heads=4, n_kv_heads=2, d_model=40, d_ff=72, d_head=10)
-often = settings(max_examples=6, deadline=None, derandomize=True, database=None, phases=[Phase.explicit, Phase.generate])  # a failure is small as it is
+often = settings(max_examples=5, deadline=None, derandomize=True, database=None, phases=[Phase.explicit, Phase.generate])  # a failure is small as it is
 
 
 def filled(model, seed=0):
