@@ -27,7 +27,7 @@ hf.logging.set_verbosity_error()
 hf.logging.disable_progress_bar()
 
 BASE = ModelConfig(vocab_size=131, context_len=48, n_layers=2, n_heads=4, n_kv_heads=2, d_model=40, d_ff=72, d_head=10)
-often = settings(max_examples=6, deadline=None, derandomize=True, database=None, phases=[Phase.explicit, Phase.generate])  # a failure is small as it is
+often = settings(max_examples=5, deadline=None, derandomize=True, database=None, phases=[Phase.explicit, Phase.generate])  # a failure is small as it is
 
 
 def filled(model, seed=0):
@@ -136,9 +136,8 @@ def test_bert_both_ways(shape, heads, act, n_types, eps, has_head):
 def test_t5_both_ways(shape, heads, mlp, buckets, tied):
     vocab, _, layers = shape
     config = hf.T5Config(vocab_size=vocab, d_model=24, d_kv=heads[1], d_ff=33, num_layers=layers, num_heads=heads[0], feed_forward_proj=mlp, relative_attention_num_buckets=buckets[0],
-                         relative_attention_max_distance=buckets[1], tie_word_embeddings=tied is True)
+                         relative_attention_max_distance=buckets[1], tie_word_embeddings=tied is True, initializer_factor=.3)  # scores of about 1, which float32 holds to 1e-5
     theirs = hf.T5ForConditionalGeneration(config)
-    if not tied: theirs.shared.weight.data *= .2  # scores of about 1, which float32 holds to 1e-5
     if tied == "two tables": theirs.lm_head.weight = nn.Parameter(torch.randn(vocab, 24, generator=torch.Generator().manual_seed(3))/5)
     with tempfile.TemporaryDirectory() as folder: assert type(both_ways(theirs, Path(folder))) is (EncoderDecoder if tied is True else UntiedEncoderDecoder)
 
