@@ -215,7 +215,7 @@ def _config(path:str|Path, fields:dict, arch:str)->ModelConfig:
         if key not in {*_SIZES.values(), *_AGAIN, "vocab_size"}: raise UserError(f"{path} says {arch}.{key}={v}, and the models of this book have no such thing")
         if not isinstance(v, int|float): raise UserError(f"{path} says {arch}.{key}={v}: one number for all layers is needed")
     if lacks := [k for k in ("context_length", "block_count", "embedding_length", "feed_forward_length", "attention.head_count", "attention.layer_norm_rms_epsilon") if k not in mine]: raise UserError(f"{path} does not say {arch}.{lacks[0]}")
-    usual = {"attention.head_count_kv":mine["attention.head_count"], "attention.key_length":mine["embedding_length"]//mine["attention.head_count"], "rope.freq_base":10000.}
+    usual = {"attention.head_count_kv":mine["attention.head_count"], "attention.key_length":mine["embedding_length"]//max(1, mine["attention.head_count"]), "rope.freq_base":10000.}
     mine = usual | mine
     for key in _AGAIN:
         if mine.get(key, K := mine["attention.key_length"]) != K: raise UserError(f"{path} says {arch}.{key}={mine[key]}, and its heads have {K} numbers: they must be equal here")
@@ -229,7 +229,7 @@ def _tokenizer_of(path:str|Path, fields:dict)->dict:
     if said["pre"] not in _SPLITS: raise UserError(f"{path} cuts text as {said['pre']!r} does: {', '.join(_SPLITS)} are known here")
     if lacks := [key for key,v in said.items() if v is None]: raise UserError(f"{path} does not say tokenizer.ggml.{lacks[0]}")
     vocab = {text:i for i,text in enumerate(said["tokens"])}
-    added = [dict(id=i, content=said["tokens"][i], single_word=False, lstrip=False, rstrip=False, normalized=False, special=kind == 3) for i,kind in enumerate(said["token_type"]) if kind in (3, 4)]
+    added = [dict(id=i, content=text, single_word=False, lstrip=False, rstrip=False, normalized=False, special=kind == 3) for i,(text,kind) in enumerate(zip(said["tokens"], said["token_type"])) if kind in (3, 4)]
     return _tokenizer_json(vocab, [m.split(" ") for m in said["merges"]], added, said["pre"])
 
 # %% ../nbs/02d_llamacpp.ipynb #7cd6fb32
@@ -267,7 +267,7 @@ def load_gguf(
     model.cos,model.sin = rope_angles(cfg.context_len, cfg.d_head, cfg.rope_theta)
     return model, tokenizer
 
-# %% ../nbs/02d_llamacpp.ipynb #9c441caa
+# %% ../nbs/02d_llamacpp.ipynb #1555dcbc
 def write_modelfile(
     path:str|Path, # a GGUF file; the `Modelfile` goes beside it
     *,
