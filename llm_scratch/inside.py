@@ -113,10 +113,11 @@ def explore_attention(
         ids = list(encode(text))
         weights = attention_weights(model, torch.tensor([ids]))[:,0]
         return [[attention_picture(w_TS, [token_names[i] for i in ids], f"layer {l}, head {h}") for h,w_TS in enumerate(layer)] for l,layer in enumerate(weights)]
-    panels = [[widgets.HTML(picture) for picture in row] for row in draw(text)]
+    one = dict(layout=widgets.Layout()) # for all pictures: a page stores every layout in full
+    panels = [[widgets.HTML(picture, **one) for picture in row] for row in draw(text)]
     layer,head = (widgets.IntSlider(max=n-1, description=name) for n,name in ((len(panels), "layer"), (len(panels[0]), "head")))
-    rows = [widgets.Stack(row, selected_index=0) for row in panels]
-    shown,field = widgets.Stack(rows, selected_index=0),widgets.Text(text, description="text", continuous_update=False)
+    rows = [widgets.Stack(row, selected_index=0, **one) for row in panels]
+    shown,field = widgets.Stack(rows, selected_index=0, **one),widgets.Text(text, description="text", continuous_update=False)
     for row in rows: widgets.jslink((head, "value"), (row, "selected_index"))
     widgets.jslink((layer, "value"), (shown, "selected_index"))
     def redraw(change):
