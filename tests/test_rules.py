@@ -17,6 +17,7 @@ MAY_IMPORT = {
     "architecture": {"core"},
     "families": {"core", "architecture"},
     "generation": {"core", "architecture"},
+    "tasks": {"core", "architecture", "families"},
     "data": {"core"},
     "tokenization": {"core"},
     "pretraining": {"core"},
