@@ -1,7 +1,6 @@
 "What the families learn from and how they are scored, and the record of benchmarks/families.py with all that is said about it."
 import json
 import math
-import random
 import re
 import subprocess
 import sys
@@ -21,6 +20,10 @@ from llm_scratch.tasks import (CHOICES, choose_architecture, corrupt_spans, drop
 
 ROOT = Path(__file__).resolve().parent.parent
 CFG = ModelConfig(vocab_size=131, context_len=48, n_layers=2, n_heads=4, n_kv_heads=4, d_model=40, d_ff=72, d_head=10)
+
+
+@pytest.fixture(autouse=True)
+def same_start(): torch.manual_seed(0)
 
 
 def filled(model, seed=0):
@@ -66,6 +69,8 @@ def test_spans_give_the_text_back(n, share, mean_len):
 def test_spans_refuse_what_can_not_be():
     with pytest.raises(ValueError, match="a text of 1 tokens"): corrupt_spans([5], [9, 8], torch.Generator())
     with pytest.raises(ValueError, match="5 holes need 6 sentinels, and 3"): corrupt_spans(range(100), [900, 901, 902], torch.Generator())
+    with pytest.raises(ValueError, match="5 holes need 6 sentinels, and 5"): corrupt_spans(range(100), range(900, 905), torch.Generator())
+    assert len(corrupt_spans(range(100), range(900, 906), torch.Generator())[1]) == 15+6
 
 
 # --- learning and its price -----------------------------------------------------------------------------------------
@@ -89,12 +94,13 @@ def sgd(model, lr):
 def test_learning_is_descent_with_the_rate_that_was_asked_for():
     model, ids, targets = Table(5), torch.tensor([[0, 1, 2, 3]]), torch.tensor([[1, -1, 3, 4]])
     by_hand, rates = torch.zeros(5, 5), [.5, 1., .25]
+    steps = []
     for rate in rates:
         p = by_hand.softmax(-1)
         for i, t in ((0, 1), (2, 3), (3, 4)): by_hand[i] -= .9*rate*(p[i]-F.one_hot(torch.tensor(t), 5))/3
     asked = []
-    losses = learn(model, [sgd(model, .9)], lambda step: (ids, targets), 3, lambda step, n: asked.append((step, n)) or rates[step])
-    assert asked == [(0, 3), (1, 3), (2, 3)] and len(losses) == 3
+    losses = learn(model, [sgd(model, .9)], lambda step: steps.append(step) or (ids, targets), 3, lambda step, n: asked.append((step, n)) or rates[step])
+    assert asked == [(0, 3), (1, 3), (2, 3)] and steps == [0, 1, 2] and len(losses) == 3
     assert_close(losses[0], math.log(5))
     assert_close(model.table.weight.data, by_hand)
 
@@ -151,12 +157,14 @@ def test_exact_means_that_it_would_be_written():
     model = filled(EncoderDecoder(CFG))
     sources = [[5, 6, 7, 8], [9, 10], [11]]
     _, source, is_text, _ = two_texts(sources, [[0]]*3, 1, 2)
-    said = rewrite(model, source, is_text, start_id=1, end_id=2, max_new_tokens=6).tolist()
-    answers = [row[:row.index(2)] if 2 in row else row for row in said]
-    whole = [2 in row for row in said]
-    assert is_exact(model, two_texts(sources, answers, 1, 2)) == whole or not all(whole)  # the end is a target too
+    free = rewrite(model, source, is_text, start_id=1, end_id=-5, max_new_tokens=6)[0].tolist()  # an end that never comes
+    end = next(i for i in free if i != free[0])  # suppose that this token had meant the end
+    said = rewrite(model, source, is_text, start_id=1, end_id=end, max_new_tokens=6).tolist()
+    answers = [row[:row.index(end)] if end in row else row for row in said]
+    exact = is_exact(model, two_texts(sources, answers, 1, end))
+    assert end in said[0] and answers[0] and all(e for e, row in zip(exact, said) if end in row)
     changed = [[(a[0]+1) % 131, *a[1:]] if a else [3] for a in answers]
-    assert not any(is_exact(model, two_texts(sources, changed, 1, 2)))
+    assert not any(is_exact(model, two_texts(sources, changed, 1, end)))
     logits = torch.eye(5)[torch.tensor([[1, 2, 3], [1, 2, 4]])]  # says 1 2 3 and 1 2 4
     assert is_exact(lambda ids: logits, (None, torch.tensor([[1, 2, -1], [1, 3, -1]]))) == [True, False]
 
@@ -215,3 +223,73 @@ def test_every_row_of_the_rule_is_found_and_complete():
         assert choose_architecture(c.task) is c and all((c.family, c.why, c.source))
     with pytest.raises(ValueError, match="no row for 'sing'") as e: choose_architecture("sing")
     assert all(c.task in str(e.value) for c in CHOICES)
+
+
+# --- the record -----------------------------------------------------------------------------------------------------------
+
+SCRIPT = ROOT/"benchmarks"/"families.py"
+MODELS = ("decoder, mean of tokens", "encoder, mean of tokens")
+
+
+@pytest.fixture(scope="module")
+def record(): return json.loads((ROOT/"nbs"/"families.json").read_text(encoding="utf-8"))
+
+
+@pytest.fixture(scope="module")
+def figures(record):
+    "Task and contestant to the figures of all seeds."
+    out = {}
+    for seed in record["seeds"]:
+        for row in seed["rows"]: out.setdefault((row["task"], row["how"]), []).append(row)
+    return out
+
+
+@pytest.fixture(scope="module")
+def score(figures): return lambda task, how: mean(row["mean"] for row in figures[task, how])
+
+
+def test_the_record_is_whole_and_every_contestant_of_a_task_paid_the_same(record, figures):
+    assert len({s["seed"] for s in record["seeds"]}) == len(record["seeds"]) >= 3
+    assert all(len(rows) == len(record["seeds"]) for rows in figures.values()) and len(figures) == 17
+    for (task, how), rows in figures.items():
+        assert all(math.isfinite(r["mean"]) and r["stderr"] > 0 and r["n"] >= 100 for r in rows), (task, how)
+        assert len({(r["weights"], r["updates"], r["unit"]) for r in rows}) == 1  # seeds differ in nothing but the seed
+        budget = 0 if how in ("always the commoner class", "bag of words", "untrained encoder, mean of tokens") else record["read"] if "vowels" not in task else record["write"]*(1 + ("after" in how))
+        assert all(abs(r["gflop"]-budget) <= .01*budget for r in rows), (task, how)
+    for task in {task for task, _ in figures if task[:8] in ("fill in", "continue")}: assert len({r["updates"] for (t, _), rows in figures.items() if t == task for r in rows}) == 1
+
+
+def test_the_script_runs_and_writes_a_whole_record(tmp_path, record):
+    out = tmp_path/"families.json"
+    done = subprocess.run([sys.executable, SCRIPT, "--read", ".5", "--write", ".2", "--seeds", "1", "--held-out", "40", "--out", out], capture_output=True, text=True, encoding="utf-8", timeout=300, check=False)
+    assert done.returncode == 0, done.stderr
+    tried = json.loads(out.read_text(encoding="utf-8"))
+    assert [(r["task"], r["how"], r["unit"], r["weights"]) for r in tried["seeds"][0]["rows"]] == [(r["task"], r["how"], r["unit"], r["weights"]) for r in record["seeds"][0]["rows"]]
+    assert done.stdout.count("\n| ") >= 17 and (tried["read"], tried["write"]) == (.5, .2)
+
+
+@pytest.mark.parametrize("task, better, worse, sign", [
+    ("continue", "decoder", "encoder, one pass for each byte", -1), ("fill in the blank", "encoder, both sides", "decoder, from the left", -1),
+    *((f"classify, {n} labels", "bag of words", model, 1) for n in (32, 128) for model in MODELS),
+    *(("classify, 128 labels", model, "untrained encoder, mean of tokens", 1) for model in MODELS),
+    *(("put the vowels back", better, worse, 1) for better, worse in (("decoder in one row, fresh", "encoder-decoder, fresh"), ("decoder in one row, after plain text", "decoder in one row, fresh"),
+                                                                        ("encoder-decoder, fresh", "encoder-decoder, after holes")))])
+def test_what_the_chapter_says_holds_in_every_seed(figures, task, better, worse, sign):
+    gaps = [sign*(a["mean"]-b["mean"]) for a, b in zip(figures[task, better], figures[task, worse], strict=True)]
+    assert min(gaps) > 0 and mean(gaps) > 2*stdev(gaps)/len(gaps)**.5, gaps
+
+
+QUOTED = dict(write=[("continue", "decoder"), ("continue", "encoder, one pass for each byte")], fill=[("fill in the blank", "encoder, both sides"), ("fill in the blank", "decoder, from the left")],
+              classify=[("classify, 128 labels", how) for how in (*reversed(MODELS), "bag of words")], rewrite=[("put the vowels back", how) for how in ("encoder-decoder, fresh", "decoder in one row, fresh")])
+
+
+def test_the_rule_quotes_the_record(score):
+    assert {c.task for c in CHOICES if c.here} == QUOTED.keys()
+    for task, keys in QUOTED.items(): assert re.findall(r"\d\.\d+", choose_architecture(task).here) == [f"{score(*key):.2f}" for key in keys]
+
+
+def test_the_experiments_say_what_is_in_the_record(figures):
+    text = (ROOT/"EXPERIMENTS.md").read_text(encoding="utf-8")
+    for (task, how), rows in figures.items():
+        means = [r["mean"] for r in rows]
+        assert f"| {task} | {how} | {mean(means):.3f} ± {stdev(means):.3f} {rows[0]['unit']} |" in text
