@@ -253,7 +253,7 @@ def test_the_record_is_whole_and_every_contestant_of_a_task_paid_the_same(record
     assert all(len(rows) == len(record["seeds"]) for rows in figures.values()) and len(figures) == 17
     for (task, how), rows in figures.items():
         assert all(math.isfinite(r["mean"]) and r["stderr"] > 0 and r["n"] >= 100 for r in rows), (task, how)
-        assert len({(r["weights"], r["updates"], r["unit"]) for r in rows}) == 1  # seeds differ in nothing but the seed
+        assert len({(r["weights"], r["unit"]) for r in rows}) == 1 and max(r["updates"] for r in rows) - min(r["updates"] for r in rows) <= 1+.02*rows[0]["updates"]  # words differ in length: an update's price is that of the first
         budget = 0 if how in ("always the commoner class", "bag of words", "untrained encoder, mean of tokens") else record["read"] if "vowels" not in task else record["write"]*(1 + ("after" in how))
         assert all(abs(r["gflop"]-budget) <= .01*budget for r in rows), (task, how)
     for task in {task for task, _ in figures if task[:8] in ("fill in", "continue")}: assert len({r["updates"] for (t, _), rows in figures.items() if t == task for r in rows}) == 1
@@ -261,7 +261,7 @@ def test_the_record_is_whole_and_every_contestant_of_a_task_paid_the_same(record
 
 def test_the_script_runs_and_writes_a_whole_record(tmp_path, record):
     out = tmp_path/"families.json"
-    done = subprocess.run([sys.executable, SCRIPT, "--read", ".5", "--write", ".2", "--seeds", "1", "--held-out", "40", "--out", out], capture_output=True, text=True, encoding="utf-8", timeout=300, check=False)
+    done = subprocess.run([sys.executable, SCRIPT, "--read", ".5", "--write", ".2", "--seeds", "1", "--held-out", "150", "--out", out], capture_output=True, text=True, encoding="utf-8", timeout=300, check=False)
     assert done.returncode == 0, done.stderr
     tried = json.loads(out.read_text(encoding="utf-8"))
     assert [(r["task"], r["how"], r["unit"], r["weights"]) for r in tried["seeds"][0]["rows"]] == [(r["task"], r["how"], r["unit"], r["weights"]) for r in record["seeds"][0]["rows"]]
@@ -272,11 +272,18 @@ def test_the_script_runs_and_writes_a_whole_record(tmp_path, record):
     ("continue", "decoder", "encoder, one pass for each byte", -1), ("fill in the blank", "encoder, both sides", "decoder, from the left", -1),
     *((f"classify, {n} labels", "bag of words", model, 1) for n in (32, 128) for model in MODELS),
     *(("classify, 128 labels", model, "untrained encoder, mean of tokens", 1) for model in MODELS),
-    *(("put the vowels back", better, worse, 1) for better, worse in (("decoder in one row, fresh", "encoder-decoder, fresh"), ("decoder in one row, after plain text", "decoder in one row, fresh"),
-                                                                        ("encoder-decoder, fresh", "encoder-decoder, after holes")))])
+    ("put the vowels back", "decoder in one row, fresh", "encoder-decoder, fresh", 1)])
 def test_what_the_chapter_says_holds_in_every_seed(figures, task, better, worse, sign):
     gaps = [sign*(a["mean"]-b["mean"]) for a, b in zip(figures[task, better], figures[task, worse], strict=True)]
     assert min(gaps) > 0 and mean(gaps) > 2*stdev(gaps)/len(gaps)**.5, gaps
+
+
+def test_lessons_before_rewriting_did_not_pay(figures):
+    gains = {}
+    for family, before in (("decoder in one row", "plain text"), ("encoder-decoder", "holes")):
+        after, fresh = (figures["put the vowels back", f"{family}, {how}"] for how in (f"after {before}", "fresh"))
+        gains[before] = [a["mean"]-b["mean"] for a, b in zip(after, fresh, strict=True)]
+    assert all(abs(mean(g)) < .06 for g in gains.values()) and mean(gains["holes"]) < stdev(gains["holes"])
 
 
 QUOTED = dict(write=[("continue", "decoder"), ("continue", "encoder, one pass for each byte")], fill=[("fill in the blank", "encoder, both sides"), ("fill in the blank", "decoder, from the left")],
