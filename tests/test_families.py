@@ -9,8 +9,8 @@ from hypothesis import given, settings, strategies as st
 from torch.testing import assert_close
 
 from llm_scratch.architecture import Attention, Block, Decoder, ModelConfig, attend, init_weights
-from llm_scratch.families import (CHOICES, GPT2, Encoder, EncoderDecoder, MoE, RelativeBias, UntiedEncoderDecoder, WriteCache, balance_loss, both_buckets, choose_architecture, corrupt_spans, encoder_block, gate_scores, llama_block,
-                                  mask_tokens, past_buckets, rewrite, route, start_t5, window_attend)
+from llm_scratch.families import (GPT2, Encoder, EncoderDecoder, MoE, RelativeBias, UntiedEncoderDecoder, WriteCache, balance_loss, both_buckets, encoder_block, gate_scores, llama_block,
+                                  past_buckets, rewrite, route, start_t5, window_attend)
 from llm_scratch.generation import Cache
 
 BASE = ModelConfig(vocab_size=131, context_len=48, n_layers=3, n_heads=4, n_kv_heads=4, d_model=40, d_ff=72, d_head=10)
@@ -384,51 +384,7 @@ def test_scores_start_alike_whatever_their_scale():
     assert all(torch.equal(a, b) for a, b in zip(model.state_dict().values(), start_t5(EncoderDecoder(cfg), 0).state_dict().values()))
 
 
-# --- targets ------------------------------------------------------------------------------------------------------
-
-def test_masking_hides_what_it_says():
-    ids = torch.randint(1, 500, (200, 100), generator=torch.Generator().manual_seed(0))
-    holed, targets = mask_tokens(ids, 0, 500, torch.Generator().manual_seed(1))
-    chosen = targets != -1
-    assert torch.equal(targets[chosen], ids[chosen]) and torch.equal(holed[~chosen], ids[~chosen])
-    assert abs(chosen.float().mean() - .15) < .01
-    covered, same = (holed == 0)[chosen].float().mean(), (holed == ids)[chosen].float().mean()
-    assert abs(covered - .8) < .03 and abs(same - .1) < .02
-    again = mask_tokens(ids, 0, 500, torch.Generator().manual_seed(1))
-    assert torch.equal(holed, again[0]) and torch.equal(targets, again[1])
-
-
-@pytest.mark.parametrize("n, share, mean_len", [(2, .15, 3), (3, .9, 3), (10, .15, 3), (100, .15, 3), (100, .5, 2), (64, .3, 1), (57, .8, 10)])
-def test_spans_give_the_text_back(n, share, mean_len):
-    marks = range(1000, 1040)
-    for seed in range(20):
-        ids = torch.randint(900, (n,), generator=torch.Generator().manual_seed(seed)).tolist()
-        source, target = corrupt_spans(ids, marks, torch.Generator().manual_seed(seed), share=share, mean_len=mean_len)
-        holes = [i for i in source if i >= 1000]
-        assert holes == list(marks[:len(holes)]) and [i for i in target if i >= 1000] == list(marks[:len(holes)+1]) and target[-1] == marks[len(holes)]
-        back = []
-        for i in source: back += target[target.index(i)+1:target.index(i+1)] if i >= 1000 else [i]
-        assert back == ids
-        assert sum(i < 1000 for i in target) == min(max(1, round(n*share)), n-1)
-        assert all(a < 1000 or b < 1000 for a, b in zip(source, source[1:])), "two holes side by side are one hole"
-
-
-def test_spans_refuse_what_can_not_be():
-    with pytest.raises(ValueError, match="a text of 1 tokens"): corrupt_spans([5], [9, 8], torch.Generator())
-    with pytest.raises(ValueError, match="5 holes need 6 sentinels, and 3"): corrupt_spans(range(100), [900, 901, 902], torch.Generator())
-
-
 def test_too_long_a_text_is_one_line():
     ids = ids_of(BASE, 1, 49)
     for make in (GPT2, Encoder):
         with pytest.raises(ValueError, match="49 positions do not fit into context_len=48"): make(BASE)(ids)
-
-
-# --- the rule -----------------------------------------------------------------------------------------------------
-
-def test_every_row_of_the_rule_is_found_and_complete():
-    assert len({c.task for c in CHOICES}) == len(CHOICES) >= 6
-    for c in CHOICES:
-        assert choose_architecture(c.task) is c and all((c.family, c.why, c.source))
-    with pytest.raises(ValueError, match="no row for 'sing'") as e: choose_architecture("sing")
-    assert all(c.task in str(e.value) for c in CHOICES)

@@ -22,6 +22,7 @@ MAY_IMPORT = {
     "interchange": {"core", "architecture", "families"},
     "llamacpp": {"core", "architecture", "families", "tokenization"},  # a GGUF holds a model and its vocabulary in one file
     "inside": {"core", "architecture"},
+    "tasks": {"core", "architecture", "families"},
     "data": {"core"},
     "tokenization": {"core"},
     "pretraining": {"core"},
