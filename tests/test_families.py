@@ -9,7 +9,7 @@ from hypothesis import given, settings, strategies as st
 from torch.testing import assert_close
 
 from llm_scratch.architecture import Attention, Block, Decoder, ModelConfig, attend, init_weights
-from llm_scratch.families import (GPT2, Encoder, EncoderDecoder, MoE, RelativeBias, UntiedEncoderDecoder, WriteCache, balance_loss, both_buckets, encoder_block, gate_scores, llama_block,
+from llm_scratch.families import (GPT2, Encoder, EncoderDecoder, MoE, RelativeBias, UntiedDecoder, UntiedEncoderDecoder, WriteCache, balance_loss, both_buckets, encoder_block, gate_scores, llama_block,
                                   past_buckets, rewrite, route, start_t5, window_attend)
 from llm_scratch.generation import Cache
 
@@ -96,6 +96,14 @@ def test_llama(hf, cfg):
 def test_qwen3(hf, cfg):
     model, ids = filled(Decoder(cfg)), ids_of(cfg, 2, 48)
     theirs = load(hf.Qwen3ForCausalLM(hf.Qwen3Config(**llama_sizes(cfg))), {f"model.{n}": p for n, p in model.state_dict().items()}, ["lm_head.weight"])
+    with torch.no_grad(): close(model(ids), theirs(ids).logits)
+
+
+def test_untied_llama(hf):
+    cfg = GROUPED["base"]
+    model, ids = filled(UntiedDecoder(cfg, block=llama_block)), ids_of(cfg, 2, 48)
+    weights = {n if n.startswith("lm_head") else f"model.{n}": p for n, p in model.state_dict().items()}
+    theirs = load(hf.LlamaForCausalLM(hf.LlamaConfig(**llama_sizes(cfg) | dict(tie_word_embeddings=False))), weights)
     with torch.no_grad(): close(model(ids), theirs(ids).logits)
 
 
@@ -196,6 +204,21 @@ def test_t5(hf, cfg):
     with torch.no_grad():
         close(model(ids, source), theirs(source, decoder_input_ids=ids).logits)
         close(model(ids, source, is_text), theirs(source, attention_mask=is_text.long(), decoder_input_ids=ids).logits)
+
+
+def test_untied_t5(hf):
+    cfg = BASE
+    model, source, ids = filled(UntiedEncoderDecoder(cfg)), ids_of(cfg, 3, 40), ids_of(cfg, 3, 37, seed=8)
+    theirs = hf.T5ForConditionalGeneration(hf.T5Config(vocab_size=cfg.vocab_size, d_model=cfg.d_model, d_kv=cfg.d_head, d_ff=cfg.d_ff, num_layers=cfg.n_layers, num_heads=cfg.n_heads,
+                                                       layer_norm_epsilon=cfg.norm_eps, tie_word_embeddings=False, scale_decoder_outputs=False))
+    theirs.lm_head.weight = nn.Parameter(torch.empty(cfg.vocab_size, cfg.d_model))  # transformers makes one table of the two unless the file has both
+    load(theirs, t5_weights(model), ["encoder.embed_tokens.weight", "decoder.embed_tokens.weight"])
+    with torch.no_grad(): close(model(ids, source), theirs(source, decoder_input_ids=ids).logits)
+
+
+@pytest.mark.parametrize("make", [UntiedDecoder, UntiedEncoderDecoder])
+def test_a_table_of_its_own_starts_small(make):
+    assert abs(make(replace(BASE, d_model=256, n_heads=8, n_kv_heads=8, d_head=32)).lm_head.weight.std() - .02) < .001
 
 
 def test_buckets_are_those_of_t5(hf):
