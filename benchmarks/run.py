@@ -147,7 +147,7 @@ def decoding(sizes:Sizes)->Iterator[Pair]:
     import transformers
     from llm_scratch.compiled import CompiledDecoder, as_int8
     transformers.utils.logging.disable_progress_bar()
-    prompt,n = torch.arange(1, 17)[None],sizes.n_new
+    prompt,n = torch.tensor([[1]]),sizes.n_new
     for cfg in sizes.decoders:
         model,what = random_model(cfg).eval(),f"write {n} tokens, {n_params(cfg)/1e6:.1f}M weights"
         fast,small = CompiledDecoder(model),CompiledDecoder(model, convert=as_int8)
@@ -164,31 +164,34 @@ def in_pytorch(model:Decoder, ids:torch.Tensor, n:int)->list[int]:
     for _ in range(n): ids = torch.cat((ids, model(ids[:,cache.past:], cache)[:,-1:].argmax(-1)), 1)
     return ids[0].tolist()
 
-def llama_cpp(path:Path, n_ctx:int)->Callable[[str, int], str]:
-    "One text by llama.cpp, one thread, keys and values in float32 as ours are; takes a prompt and how many tokens, gives what follows."
+def llama_cpp(path:Path, n_ctx:int, **options:object)->Callable[[str, int], str]:
+    "One text by llama.cpp, one thread; takes a prompt and how many tokens, gives what follows."
     import xllamacpp
     params = xllamacpp.CommonParams()
     params.model.path,params.n_ctx,params.n_parallel,params.verbosity,params.n_gpu_layers = str(path),n_ctx,1,0,0
     params.cpuparams.n_threads = params.cpuparams_batch.n_threads = 1
-    params.cache_type_k = params.cache_type_v = xllamacpp.ggml_type.GGML_TYPE_F32
+    for name,value in options.items(): setattr(params, name, value)
     server = xllamacpp.Server(params)
     return lambda prompt, n: server.handle_completions(dict(prompt=prompt, n_predict=n, max_tokens=n, temperature=0, ignore_eos=True, cache_prompt=False))["choices"][0]["text"]
 
 def llamas(sizes:Sizes)->Iterator[Pair]:
-    "The same text by llama.cpp, in float32 and with one byte per weight. The wheel that PyPI has is built for any x86 processor, not for this one."
+    "The same text by llama.cpp, in float32 and with one byte per weight. Its keys and values are float16, which is its default and its fastest; that they are what differs is checked."
+    import xllamacpp
     from llm_scratch.compiled import CompiledDecoder, as_float32, as_int8
     from llm_scratch.llamacpp import save_gguf
-    prompt,n = list(range(1, 17)),sizes.n_new
+    prompt,n,exact = [1],sizes.n_new,dict.fromkeys(("cache_type_k", "cache_type_v"), xllamacpp.ggml_type.GGML_TYPE_F32) | dict(flash_attn_type=xllamacpp.llama_flash_attn_type(0))
     for cfg in sizes.decoders:
         model,words = random_model(cfg).eval(),to_tokenizers_json(Tokenizer([]))
-        words["model"] |= dict(vocab={f"<{i}>":i for i in range(cfg.vocab_size-1)}) # so that the text tells the ids
+        words["model"] |= dict(vocab={f"<{i}>":i for i in range(cfg.vocab_size-1)}, merges=[["<", "1"]]) # so that the text tells the ids
         words["added_tokens"] = [words["added_tokens"][0] | dict(id=cfg.vocab_size-1)]
         for dtype,convert in (("f32", as_float32), ("q8_0", as_int8)):
-            with tempfile.TemporaryDirectory() as folder: write = llama_cpp(save_gguf(model, words, Path(folder)/"model.gguf", dtype=dtype), cfg.context_len)
-            fast = CompiledDecoder(model, convert=convert)
-            ours = lambda: "".join(f"<{i}>" for i in generate(fast, torch.tensor([prompt]), n, temperature=0)[0,16:].tolist())
-            agree = same_text if dtype == "f32" else lambda a,b: require(a.count("<") == b.count("<"), f"{a} and {b}") # rounded weights write their own text
-            yield Pair(f"write {n} tokens, {n_params(cfg)/1e6:.1f}M weights, compiled{', int8' if dtype == 'q8_0' else ''}", f"llama.cpp, {dtype}", ours, lambda: write(prompt, n), agree)
+            work,fast = f"write {n} tokens, {n_params(cfg)/1e6:.1f}M weights, compiled{', int8' if dtype == 'q8_0' else ''}",CompiledDecoder(model, convert=convert)
+            ours = lambda n=n: "".join(f"<{i}>" for i in generate(fast, torch.tensor([prompt]), n, temperature=0)[0,1:].tolist())
+            with tempfile.TemporaryDirectory() as folder:
+                path = save_gguf(model, words, Path(folder)/"model.gguf", dtype=dtype)
+                if dtype == "f32": require((a := ours(16)) == (b := llama_cpp(path, cfg.context_len, **exact)(prompt, 16)), f"{work}: ours and llama.cpp, {dtype} differ: {a} and {b}")
+                write = llama_cpp(path, cfg.context_len)
+            yield Pair(work, f"llama.cpp, {dtype}", ours, lambda: write(prompt, n), lambda a,b: require(a.count("<") == b.count("<"), f"{a} and {b}")) # rounded numbers write their own text
 
 PAIRS = {tokenizing:"tokenizers", modelling:"transformers", optimizing:"torch", decoding:"transformers", llamas:"xllamacpp"} # and the package that each needs
 

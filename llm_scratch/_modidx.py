@@ -67,6 +67,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                          'llm_scratch/compiled.py'),
                                       'llm_scratch.compiled.CompiledDecoder.__repr__': ( 'compiled.html#compileddecoder.__repr__',
                                                                                          'llm_scratch/compiled.py'),
+                                      'llm_scratch.compiled.CompiledDecoder._arrays': ( 'compiled.html#compileddecoder._arrays',
+                                                                                        'llm_scratch/compiled.py'),
                                       'llm_scratch.compiled.Weights': ('compiled.html#weights', 'llm_scratch/compiled.py'),
                                       'llm_scratch.compiled._norm': ('compiled.html#_norm', 'llm_scratch/compiled.py'),
                                       'llm_scratch.compiled.as_float32': ('compiled.html#as_float32', 'llm_scratch/compiled.py'),

@@ -123,14 +123,15 @@ def stack_weights(
     model:Decoder, # in chapter 02's default shape, float32, on the CPU
     convert:Callable=as_float32, # called with each matrix: `as_float32` or `as_int8`
 )->Weights: # a copy
-    "The weights of all layers, stacked."
+    "The weights of all layers, stacked; none is shared with the model."
     def rows(*names:str)->list[np.ndarray]: # of each layer, one below the other
         return [np.concatenate([layer.get_submodule(n).weight.detach().numpy() for n in names]) for layer in model.layers]
     def matrices(*names:str)->tuple[np.ndarray, ...]: return tuple(map(np.stack, zip(*map(convert, rows(*names)))))
-    return Weights(*convert(model.embed_tokens.weight.detach().numpy()),
+    own = lambda t: t.detach().numpy().copy()
+    return Weights(*convert(own(model.embed_tokens.weight)),
         *matrices("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"), *matrices("self_attn.o_proj"), *matrices("mlp.gate_proj", "mlp.up_proj"), *matrices("mlp.down_proj"),
         *(np.stack(rows(n)) for n in ("input_layernorm", "post_attention_layernorm", "self_attn.q_norm", "self_attn.k_norm")),
-        model.norm.weight.detach().numpy(), model.cos.numpy(), model.sin.numpy(), np.float32(model.cfg.norm_eps))
+        own(model.norm.weight), model.cos.numpy(), model.sin.numpy(), np.float32(model.cfg.norm_eps))
 
 # %% ../nbs/02h_compiled.ipynb #9ef4dd80
 def _norm(x:np.ndarray, weight:np.ndarray, eps:np.float32)->np.ndarray: return x / np.sqrt((x*x).mean(-1, keepdims=True) + eps) * weight
@@ -231,14 +232,19 @@ class CompiledDecoder:
         if why := misfit(model): raise ValueError(f"the compiled step does not fit: {why}")
         self.model,self.cfg,self.embed_tokens = model,model.cfg,model.embed_tokens
         self.weights,self.step = stack_weights(model, convert),step or (numpy_step if njit is None else loop_step)
+        self._seen = None,None,None # keys of a cache as a tensor; keys and values as arrays
 
-    @torch.no_grad()
+    def _arrays(self, cache)->tuple[np.ndarray, np.ndarray]: # `(L,G,S,K)`, views
+        if self._seen[0] is not cache.k_LBGSK: self._seen = cache.k_LBGSK,cache.k_LBGSK[:,0].numpy(),cache.v_LBGSK[:,0].numpy()
+        return self._seen[1:]
+
     def __call__(self, ids_BT:torch.Tensor, cache=None)->torch.Tensor: # logits `(B,T,V)` float32
-        if cache is None or ids_BT.shape != (1, 1) or cache.past >= self.cfg.context_len: return self.model(ids_BT, cache)
+        if cache is None or ids_BT.shape != (1, 1) or cache.past >= self.cfg.context_len:
+            with torch.no_grad(): return self.model(ids_BT, cache)
         if cache.past >= cache.max_len: raise ValueError(f"{cache.past+1} positions do not fit into a cache of max_len={cache.max_len}")
-        logits_V = np.empty(self.cfg.vocab_size, np.float32)
-        self.step(self.weights, ids_BT.item(), cache.past, cache.k_LBGSK[:,0].numpy(), cache.v_LBGSK[:,0].numpy(), logits_V)
+        logits_11V = np.empty((1, 1, self.cfg.vocab_size), np.float32)
+        self.step(self.weights, ids_BT.item(), cache.past, *self._arrays(cache), logits_11V[0,0])
         cache.past += 1
-        return torch.from_numpy(logits_V)[None,None]
+        return torch.from_numpy(logits_11V)
 
     def __repr__(self)->str: return f"CompiledDecoder({self.weights.embed_VD.dtype}, {'NumPy' if self.step is numpy_step else 'Numba'})"

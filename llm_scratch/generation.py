@@ -241,13 +241,16 @@ def _write(model:Decoder, ids_BT:torch.Tensor, max_new_tokens:int, cache:Cache, 
     "The loop behind `stream`: read what the cache has not, and yield what `choose` says to the scores and the text."
     T = ids_BT.shape[1]
     cache.past = min(cache.past, T-1) # the last id must be read, for the scores after it
-    done_B = torch.zeros(len(ids_BT), dtype=torch.bool, device=ids_BT.device)
+    unread_BT,done_B = ids_BT[:,cache.past:],torch.zeros(len(ids_BT), dtype=torch.bool, device=ids_BT.device)
     for _ in range(max_new_tokens):
-        new_B = choose(read_on(model, ids_BT, cache)[:,-1], ids_BT)
-        ids_BT = torch.cat((ids_BT, torch.where(done_B, ids_BT[:,-1], new_B)[:,None]), 1)
+        with torch.no_grad(): logits_BTV = model(unread_BT, cache)
+        new_B = choose(logits_BTV[:,-1], ids_BT)
+        if stops: new_B = torch.where(done_B, ids_BT[:,-1], new_B)
+        unread_BT = new_B[:,None]
+        ids_BT = torch.cat((ids_BT, unread_BT), 1)
         for stop in stops: done_B = done_B | ends_with(ids_BT[:,T:], stop)
-        yield ids_BT[:,-1]
-        if done_B.all(): return
+        yield new_B
+        if stops and done_B.all(): return
 
 # %% ../nbs/02b_generation.ipynb #52a45483
 def _rectangle(model:Decoder, texts:torch.Tensor|Sequence)->tuple[torch.Tensor, torch.Tensor]: # ids `(B,T)`, filling `(B,)`

@@ -153,6 +153,15 @@ def test_later_updates_are_seen_by_generate():
     assert generate(model, prompt, 100, temperature=0).tolist() != before.tolist()
 
 
+def test_a_compiled_decoder_keeps_the_weights_that_it_was_made_of():
+    model, ids = filled(CFG), ids_of(CFG, 12)
+    fast = CompiledDecoder(model)
+    before = one_by_one(fast, ids, n_prompt=0)
+    with torch.no_grad():
+        for p in model.parameters(): p.zero_()
+    assert_close(one_by_one(fast, ids, n_prompt=0), before, atol=0, rtol=0)
+
+
 def test_without_numba_numpy_does_it():
     code = """
 import sys
