@@ -4,6 +4,8 @@
     python docs/execute.py nbs/02_architecture.ipynb --save     and store what the cells show
     python docs/execute.py --check                       and compare it with what is stored, numbers aside
 
+    python docs/execute.py nbs/02d_llamacpp.ipynb --flags slow --save   with the slow lessons; those download
+
 Cells that nbdev's tests skip (`#| eval: false`, or a flag of `tst_flags` in pyproject.toml) are skipped here and keep their stored outputs.
 """
 import argparse
@@ -40,10 +42,10 @@ def kernel_env()->dict[str, str]:
     path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
     return os.environ | dict(OMP_NUM_THREADS="1", HF_HUB_OFFLINE="1", TOKENIZERS_PARALLELISM="false", HF_DATASETS_DISABLE_PROGRESS_BARS="1", IN_TEST="1", PYTHONPATH=path)
 
-def prepared(path:Path)->nbformat.NotebookNode:
-    "The notebook at `path` with the cells to skip tagged and the setup in front."
+def prepared(path:Path, flags:str="")->nbformat.NotebookNode:
+    "The notebook at `path` with the cells to skip tagged and the setup in front; cells with one of `flags` are not skipped."
     nb = nbformat.read(path, as_version=4)
-    runs = {c["id"] for c in nb_test_cells(path, get_config(path=ROOT).tst_flags.split())}
+    runs = {c["id"] for c in nb_test_cells(path, [f for f in get_config(path=ROOT).tst_flags.split() if f not in flags.split()])}
     for cell in nb.cells:
         if cell.cell_type != "code": continue
         if cell.id in runs: cell.outputs = []
@@ -59,9 +61,10 @@ def is_gone(out:nbformat.NotebookNode)->bool:
 def execute(
     path:Path, # the chapter
     timeout:float=600, # most seconds for one cell
+    flags:str="", # kinds of cells to run that are skipped otherwise, such as `slow`
 )->nbformat.NotebookNode: # the chapter with fresh outputs and widget state
     "Run the chapter at `path` in a kernel of its own."
-    nb = prepared(path)
+    nb = prepared(path, flags)
     client = NotebookClient(nb, timeout=timeout, kernel_name="python3", coalesce_streams=True, extra_arguments=["--log-level=ERROR"],
                             resources=dict(metadata=dict(path=str(path.parent))))
     client.execute(env=kernel_env())
@@ -105,9 +108,9 @@ def differences(fresh:nbformat.NotebookNode, stored:nbformat.NotebookNode)->list
 
 # --- command line ----------------------------------------------------------------------------------------------
 
-def run(path:Path, save_outputs:bool, check:bool, timeout:float)->list[str]:
+def run(path:Path, save_outputs:bool, check:bool, timeout:float, flags:str)->list[str]:
     "Run one chapter; the lines that say what is wrong with it."
-    try: nb = execute(path, timeout)
+    try: nb = execute(path, timeout, flags)
     except (CellExecutionError, CellTimeoutError, DeadKernelError) as e: return [f"{path.name}: {ANSI.sub('', str(e)).strip()}"]
     wrong = [f"{path.name}: {line}" for line in differences(nb, nbformat.read(path, as_version=4))] if check else []
     if save_outputs: save(nb, path)
@@ -118,6 +121,7 @@ def main()->int:
     parser.add_argument("notebooks", nargs="*", type=Path, metavar="NB", help="chapters; all of nbs/ when none is given")
     parser.add_argument("--save", action="store_true", help="store the outputs in the notebooks")
     parser.add_argument("--check", action="store_true", help="exit 1 where text outputs differ from the stored ones, numbers aside")
+    parser.add_argument("--flags", default="", metavar="KINDS", help="run cells of these kinds as well, such as slow")
     parser.add_argument("--jobs", type=int, default=1, metavar="N", help="chapters at a time")
     parser.add_argument("--timeout", type=float, default=600, metavar="S", help="most seconds for one cell")
     args = parser.parse_args()
@@ -125,7 +129,7 @@ def main()->int:
     if missing := [str(p) for p in paths if not p.is_file()]: parser.error(f"no such notebook: {', '.join(missing)}")
     failed = 0
     with ThreadPoolExecutor(args.jobs) as pool:
-        for path,wrong in zip(paths, pool.map(partial(run, save_outputs=args.save, check=args.check, timeout=args.timeout), paths)):
+        for path,wrong in zip(paths, pool.map(partial(run, save_outputs=args.save, check=args.check, timeout=args.timeout, flags=args.flags), paths)):
             print("\n".join(wrong) if wrong else f"{path.name}: ok", flush=True)
             failed += bool(wrong)
     return int(failed > 0)

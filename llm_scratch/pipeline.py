@@ -12,6 +12,7 @@ __all__ = ['PRESETS', 'IMPORT', 'Watch', 'SAMPLING', 'app', 'decoder_config', 'P
 # %% ../nbs/12_pipeline.ipynb #0e203540
 import codecs
 import json
+import logging
 import os
 import shutil
 import signal
@@ -465,6 +466,7 @@ def _verb(name:str, does:str|None=None)->Callable: # `does` is for a function wi
 
 def main()->None:
     "The command `llm-scratch`."
+    logging.basicConfig(format="llm-scratch: %(message)s")
     app(prog_name="llm-scratch")
 
 # %% ../nbs/12_pipeline.ipynb #1e0dbd84
@@ -583,6 +585,9 @@ def import_gguf(
     with _importing(Path(folder), Path(source)) as new:
         save_hf(model, new, special_ids=special_ids)
         write_json(new/"tokenizer.json", tokenizer)
+        texts = {t["id"]:t["content"] for t in tokenizer["added_tokens"]}
+        named = {name.removesuffix("_id"):texts[id] for name,id in special_ids.items() if id in texts}
+        write_json(new/"tokenizer_config.json", dict(tokenizer_class="PreTrainedTokenizerFast", clean_up_tokenization_spaces=False) | named)
     return model
 
 # %% ../nbs/12_pipeline.ipynb #ad537649
@@ -593,7 +598,7 @@ def open_imported(
 )->tuple[Decoder, HubTokenizer]: # what `stream_text` wants
     "An imported model that writes, and its tokenizer."
     model,ids = load_hf(Path(folder)/"model"),load_special_ids(Path(folder)/"model")
-    if not isinstance(model, Decoder): raise UserError(f"{folder} holds an {type(model).__name__}, which does not continue texts: open it with load_hf")
+    if not isinstance(model, Decoder): raise UserError(f"{folder} holds a model of the class {type(model).__name__}, which does not continue texts: open it with load_hf")
     if "eos_token_id" not in ids: raise UserError(f"{Path(folder)/'model'/'config.json'} does not say which id ends a text (eos_token_id)")
     return model,HubTokenizer(Path(folder)/"model", _first(ids["eos_token_id"]), _first(ids["bos_token_id"]) if "bos_token_id" in ids else None)
 
@@ -626,7 +631,8 @@ def export_gguf(
     model,home,special_ids = _leaving(Path(folder))
     saved = read_json(home/"tokenizer.json")
     eot = next((t["content"] for t in saved["added_tokens"] if t["id"] == special_ids.get("eos_token_id")), None)
-    if not isinstance(model, Decoder) or eot is None: raise UserError(f"{folder} holds an {type(model).__name__} {'without an id that ends a text' if isinstance(model, Decoder) else 'that does not write'}: GGUF wants a decoder with eos_token_id")
+    if not isinstance(model, Decoder): raise UserError(f"{folder} holds a model of the class {type(model).__name__}: GGUF is written for decoders")
+    if eot is None: raise UserError(f"{folder} has no special token that ends a text (eos_token_id), and GGUF wants one")
     try: save_gguf(model, saved, target, dtype=dtype, name=Path(folder).name, eot=eot)
     except ValueError as e: raise UserError(str(e)) from None # a part or a width that GGUF does not have
     write_modelfile(target, **SAMPLING, stops=(eot,))
@@ -688,6 +694,7 @@ def _generate_verb(
     top_k:_TopK=None, top_p:_TopP=SAMPLING["top_p"], seed:Annotated[int, typer.Option(help="of the text")]=0,
 )->None:
     "Let the model of a run continue a text."
+    logging.getLogger("llm_scratch").setLevel(logging.INFO) # by what it is written
     _write(*_open_model(run, preset), prompt.replace(r"\n", "\n"), max_new_tokens=max_new_tokens, seed=seed, temperature=temperature, top_k=top_k, top_p=top_p)
 
 @_verb("chat")

@@ -27,6 +27,9 @@ def test_out_and_in_again_the_model_says_the_same(finished, tmp_path):  # noqa: 
     assert call(*PROMPT, tmp_path/"back") == call(*PROMPT, tmp_path/"again") == truth
     assert {p.name for p in tmp_path.iterdir()} == {"hub", "back", "again", "whole.gguf", "Modelfile"}
     assert "FROM ./whole.gguf" in (tmp_path/"Modelfile").read_text() and 'stop "<|endoftext|>"' in (tmp_path/"Modelfile").read_text()
+    transformers = pytest.importorskip("transformers")
+    toks = [transformers.AutoTokenizer.from_pretrained(tmp_path/name) for name in ("hub", "again/model")]
+    assert toks[0]("Boil 2 eggs").input_ids == toks[1]("Boil 2 eggs").input_ids and toks[0].eos_token == toks[1].eos_token == "<|endoftext|>"
     assert (tmp_path/"hub"/"README.md").read_bytes() == (finished/"model"/"README.md").read_bytes()  # the card goes along
     assert {p.name for p in (tmp_path/"hub").iterdir()} == {"README.md", "config.json", "generation_config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"}
     assert tree(tmp_path/"hub") | {"README.md": 0} == {k: tree(tmp_path/"back"/"model").get(k, 0) for k in tree(tmp_path/"hub")}

@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -14,7 +15,7 @@ import torch
 from typer.testing import CliRunner
 
 from llm_scratch import pipeline
-from llm_scratch.architecture import load_model
+from llm_scratch.architecture import Decoder, init_weights, load_model
 from llm_scratch.core import sha256_file
 from llm_scratch.pipeline import PRESETS, app, cpu, decoder_config, open_run, prepare_documents, prepare_tokens, pretrain, read_log, start_run, write_texts
 from llm_scratch.tokenization import load_tokenizer
@@ -248,6 +249,19 @@ def test_generate_prints_the_prompt_and_goes_on(finished):
     assert call("generate", r"# Rice\n\nIngredients:", "--run", finished, "--seed", 6)[1] != one[1]
     status, _, err = call("generate", "rice "*100, "--run", finished)
     assert status == 2 and "context_len=64: give one of at most 63" in err
+
+
+def test_generate_says_when_it_takes_the_compiled_step(finished, tmp_path):
+    pytest.importorskip("numba")
+    folder = tmp_path/"long"  # the tiny preset's context is too short for it
+    model = init_weights(Decoder(replace(load_model(finished/"model").cfg, context_len=160)), 0)
+    shutil.copytree(finished, folder)
+    shutil.rmtree(folder/"model")
+    pipeline.save_pretrained(open_run(folder), model)
+    done = subprocess.run([sys.executable, "-m", "llm_scratch", "generate", "Rice", "--run", folder, "--max-new-tokens", "120"], capture_output=True, text=True, env=os.environ | dict(PYTHONPATH=str(ROOT)), timeout=200)
+    assert done.returncode == 0 and "120 tokens by CompiledDecoder(float32, Numba)" in done.stderr, done.stderr
+    done = subprocess.run([sys.executable, "-m", "llm_scratch", "generate", "Rice", "--run", folder, "--max-new-tokens", "20"], capture_output=True, text=True, env=os.environ | dict(PYTHONPATH=str(ROOT)), timeout=200)
+    assert done.returncode == 0 and done.stderr == ""
 
 
 def test_a_reader_who_leaves_early_gets_no_traceback(finished):
