@@ -31,7 +31,7 @@ from statistics import median
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent)) # this checkout, whichever is installed
-from llm_scratch.architecture import Decoder, ModelConfig, n_params, save_model  # noqa: E402
+from llm_scratch.architecture import Decoder, ModelConfig, init_weights, n_params, save_model  # noqa: E402
 from llm_scratch.core import UserError  # noqa: E402
 from llm_scratch.data import load_corpus, tiny_corpus  # noqa: E402
 from llm_scratch.generation import Cache, generate  # noqa: E402
@@ -164,6 +164,23 @@ def in_pytorch(model:Decoder, ids:torch.Tensor, n:int)->list[int]:
     for _ in range(n): ids = torch.cat((ids, model(ids[:,cache.past:], cache)[:,-1:].argmax(-1)), 1)
     return ids[0].tolist()
 
+def drafting(sizes:Sizes)->Iterator[Pair]:
+    "Greedy text by a large model alone, and with guesses of a small one; both have learned the same recipes by heart."
+    from llm_scratch.lookahead import speculate
+    text = torch.tensor(list("".join(tiny_corpus()["text"]).encode())[:sizes.n_new*4]) # bytes
+    rows = text.view(4, sizes.n_new)
+    def taught(cfg:ModelConfig)->Decoder:
+        model = init_weights(Decoder(replace(cfg, vocab_size=256, context_len=sizes.n_new)), 0)
+        opt = torch.optim.AdamW(model.parameters(), lr=3e-3)
+        for _ in range(150):
+            torch.nn.functional.cross_entropy(model(rows[:,:-1]).flatten(0, 1), rows[:,1:].flatten()).backward()
+            opt.step(); opt.zero_grad()
+        return model.eval()
+    large,small = taught(sizes.decoders[-1]),taught(Sizes.cfg.tiny())
+    prompt,n = rows[:1,:8],sizes.n_new-8
+    yield Pair(f"write {n} bytes, {n_params(large.cfg)/1e6:.1f}M weights, 4 guesses of {n_params(small.cfg)/1e6:.2f}M weights", "without guesses",
+               lambda: torch.cat(list(speculate(large, small, prompt, n, temperature=0))).tolist(), lambda: in_pytorch(large, prompt, n)[8:], same_text)
+
 def llama_cpp(path:Path, n_ctx:int, **options:object)->Callable[[str, int], str]:
     "One text by llama.cpp, one thread; takes a prompt and how many tokens, gives what follows."
     import xllamacpp
@@ -193,7 +210,7 @@ def llamas(sizes:Sizes)->Iterator[Pair]:
                 write = llama_cpp(path, cfg.context_len)
             yield Pair(work, f"llama.cpp, {dtype}", ours, lambda: write(prompt, n), lambda a,b: require(a.count("<") == b.count("<"), f"{a} and {b}")) # rounded numbers write their own text
 
-PAIRS = {tokenizing:"tokenizers", modelling:"transformers", optimizing:"torch", decoding:"transformers", llamas:"xllamacpp"} # and the package that each needs
+PAIRS = {tokenizing:"tokenizers", modelling:"transformers", optimizing:"torch", decoding:"transformers", drafting:"torch", llamas:"xllamacpp"} # and the package that each needs
 
 # --- the table -------------------------------------------------------------------------------------------------
 

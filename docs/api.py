@@ -120,7 +120,7 @@ def describe(entry:Entry, prose:Callable[[str], str])->str:
     "`entry` as a MyST directive; `prose` turns our markdown into MyST."
     value,kind = entry.value,entry.kind
     doc = inspect.getdoc(_function(value)) if kind != "data" else None
-    if dataclasses.is_dataclass(value) and (doc or "").startswith(f"{value.__name__}("): doc = None # the one that Python makes up
+    if isinstance(value, type) and dataclasses.is_dataclass(value) and (doc or "").startswith(f"{value.__name__}("): doc = None # the one that Python makes up
     options = [f":{kind}:"] if kind in ("staticmethod", "classmethod") else []
     directive = "method" if options else kind
     if kind == "data" and len(repr(value)) < 80 and " at 0x" not in repr(value): options.append(f":value: {value!r}")

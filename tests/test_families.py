@@ -240,7 +240,7 @@ def test_the_future_moves_nothing(make):
     other = ids.clone()
     other[:,11] = (other[:,11]+1) % BASE.vocab_size
     with torch.no_grad(): moved = (model(ids)-model(other)).abs().amax((0, 2))
-    assert moved[:11].max() < 1e-6 and moved[11] > 1e-3
+    assert moved[:11].max() < 1e-5 and moved[11] > 1e-3
 
 
 @pytest.mark.parametrize("make", DECODERS.values(), ids=DECODERS.keys())
@@ -280,7 +280,7 @@ def test_a_writer_hears_the_source_and_its_own_past():
     is_text = (torch.arange(15) < 9).expand(2, 15)
     with torch.no_grad():
         moved = (model(ids, source)-model(change(ids, 11), source)).abs().amax((0, 2))
-        assert moved[:11].max() < 1e-6 and moved[11] > 1e-3
+        assert moved[:11].max() < 1e-5 and moved[11] > 1e-3
         assert (model(ids, source)-model(ids, change(source, 3))).abs().amax((0, 2)).gt(1e-3).all()
         assert (model(ids, source, is_text)-model(ids, change(source, 12), is_text)).abs().max() == 0
         assert_close(model(ids, source, is_text), model(ids, source[:,:9]), atol=1e-5, rtol=1e-5)
