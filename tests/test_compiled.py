@@ -162,6 +162,15 @@ def test_later_updates_are_seen_by_generate():
     assert generate(model, prompt, 100, temperature=0).tolist() != before.tolist()
 
 
+def test_each_text_has_its_own_cache():
+    model = filled(CFG)
+    fast = CompiledDecoder(model)
+    assert fast.step is (numpy_step if njit is None else loop_step)
+    for seed in (1, 2):
+        ids = ids_of(CFG, 20, seed)
+        with torch.no_grad(): assert_close(one_by_one(fast, ids), model(ids)[:, 3:], atol=1e-4, rtol=0)
+
+
 def test_a_compiled_decoder_keeps_the_weights_that_it_was_made_of():
     model, ids = filled(CFG), ids_of(CFG, 12)
     fast = CompiledDecoder(model)
