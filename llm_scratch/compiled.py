@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from .architecture import Decoder
+from .architecture import Decoder, part_difference
 
 try: from numba import njit
 except ImportError: njit = None # NumPy does it, too
@@ -212,10 +212,7 @@ def misfit(
     "Is it a decoder with chapter 02's parts and nothing else, in float32, on the CPU?"
     if type(model) is not Decoder: return f"it is a {type(model).__name__}, not chapter 02's Decoder"
     with torch.device("meta"): plain = Decoder(model.cfg)
-    parts = lambda m: [(name, type(part), getattr(part, "mix", None), getattr(part, "act", None)) for name,part in m.named_modules()]
-    for (name,*ours),(other,*theirs) in zip(parts(plain), parts(model)):
-        if (name, ours) != (other, theirs): return f"its {other or name} is not as chapter 02 builds it"
-    if model.state_dict().keys() != plain.state_dict().keys(): return f"it has {', '.join(sorted(model.state_dict().keys() ^ plain.state_dict().keys()))}"
+    if found := part_difference(model, plain): return f"its {found}"
     kinds = {(p.dtype, p.device.type) for p in model.parameters()} - {(torch.float32, "cpu")}
     if kinds: return f"its weights are {', '.join(f'{dtype} on {device}' for dtype,device in kinds)}, not float32 on the CPU"
     return "somebody listens with hooks" if any(m._forward_hooks or m._forward_pre_hooks for m in model.modules()) else ""

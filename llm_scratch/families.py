@@ -395,6 +395,7 @@ class ReadBlock(nn.Module):
         x_BTD = self.listen(x_BTD, bias)
         return x_BTD + self.mlp(self.mlp_norm(x_BTD))
 
+# %% ../nbs/02a_families.ipynb #5bee1849
 class WriteBlock(ReadBlock):
     "A layer of the writer: hear what is written so far, then what was read, then think."
     def __init__(self,

@@ -126,7 +126,7 @@ def fork(
 
 # %% ../nbs/02b_generation.ipynb #ba83f2c5
 def pad_left(
-    texts:Sequence[Sequence[int]|torch.Tensor], # ids of each text, at least one
+    texts:torch.Tensor|Sequence[Sequence[int]|torch.Tensor], # ids of each text, at least one; a rectangle stays as it is
     device:torch.device|str|None=None, # where the ids should be
 )->tuple[torch.Tensor, torch.Tensor]: # ids `(B,T)` int64, and how many positions fill each row `(B,)`
     "A rectangle in which all texts end in the last column; the rest of a row repeats its first id."
@@ -252,12 +252,6 @@ def _write(model:Decoder, ids_BT:torch.Tensor, max_new_tokens:int, cache:Cache, 
         yield new_B
         if stops and done_B.all(): return
 
-# %% ../nbs/02b_generation.ipynb #52a45483
-def _rectangle(model:Decoder, texts:torch.Tensor|Sequence)->tuple[torch.Tensor, torch.Tensor]: # ids `(B,T)`, filling `(B,)`
-    "Texts as `pad_left` gives them; a tensor is a rectangle already and has no filling."
-    if isinstance(texts, torch.Tensor): return texts, torch.zeros(len(texts), dtype=torch.int64)
-    return pad_left(texts, model.embed_tokens.weight.device)
-
 # %% ../nbs/02b_generation.ipynb #86fec896
 def begin(
     model:Decoder, # any model that has a `cfg` and `embed_tokens`
@@ -266,15 +260,15 @@ def begin(
     cache:Cache|None=None, # has read the text up to its `past`; None makes a new one
 )->tuple[torch.Tensor, Cache]: # ids `(B,T)`, filled up on the left by `pad_left`, and a cache with room
     "All that is needed to write behind texts; `ValueError` if they cannot fit."
-    ids_BT,n_pad_B = _rectangle(model, texts)
+    weight = model.embed_tokens.weight
+    ids_BT,n_pad_B = pad_left(texts, weight.device)
     B,T = ids_BT.shape
     limit,most = "context_len",model.cfg.context_len
     if cache is not None and cache.max_len < most: limit,most = "the cache's max_len",cache.max_len
-    if T == 0: raise ValueError("the prompt has 0 tokens: give at least 1, such as the id that stands before every text")
     if T+max_new_tokens > most: raise ValueError(
         f"{T} tokens and max_new_tokens={max_new_tokens} make {T+max_new_tokens}, more than {limit}={most}: ask for at most {max(most-T, 0)}")
     if cache is None:
-        make,weight = partial(PaddedCache, model.cfg, n_pad_B) if n_pad_B.any() else partial(Cache, model.cfg, B),model.embed_tokens.weight
+        make = partial(PaddedCache, model.cfg, n_pad_B) if n_pad_B.any() else partial(Cache, model.cfg, B)
         return ids_BT, make(T+max_new_tokens, device=weight.device, dtype=weight.dtype)
     if n_pad_B.any() or cache.k_LBGSK.shape[1] != B: raise ValueError(
         f"a cache of {cache.k_LBGSK.shape[1]} rows does not fit {B} texts with {n_pad_B.tolist()} ids of filling: fork it, or pass the ids as one tensor")
@@ -317,7 +311,7 @@ def generate(
 )->torch.Tensor: # `(B, T+new)`, the prompts, filled up on the left by `pad_left`, and what was written
     "Write whole texts: all that `stream` yields, behind the prompt."
     new = stream(model, texts, max_new_tokens, **how)
-    return torch.cat([_rectangle(model, texts)[0], *(ids_B[:,None] for ids_B in new)], 1)
+    return torch.cat([pad_left(texts, model.embed_tokens.weight.device)[0], *(ids_B[:,None] for ids_B in new)], 1)
 
 # %% ../nbs/02b_generation.ipynb #e806bb49
 def penalize_repeats(

@@ -23,7 +23,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
 
-from .architecture import Attention, Block, Decoder, Flat, ModelConfig, RMSNorm, SwiGLU, rope_angles
+from .architecture import Attention, Block, Decoder, Flat, ModelConfig, RMSNorm, SwiGLU, part_difference, rope_angles, unwrapped
 from .core import UserError, atomic_path, read_json, write_json
 from .families import GPT2, MLP, BareEncoder, Encoder, EncoderDecoder, MoE, PlainAttention, PostBlock, ReadBlock, RelativeBias, UntiedDecoder, UntiedEncoderDecoder, WriteBlock
 
@@ -137,11 +137,8 @@ def _act(name:str)->Callable: # by name
     if name not in ACTIVATIONS: raise UserError(f"the activation {name!r} is not known: {', '.join(ACTIVATIONS)} are")
     return ACTIVATIONS[name]
 
-def _plain(value:object)->object: # two partials of one function with the same arguments are the same
-    return (value.func, value.args, value.keywords) if isinstance(value, partial) else value
-
 def _act_name(model:nn.Module)->str: # of the first activation that has a name
-    return next((name for m in model.modules() for name,f in ACTIVATIONS.items() if _plain(getattr(m, "act", None)) == _plain(f)), "silu")
+    return next((name for m in model.modules() for name,f in ACTIVATIONS.items() if unwrapped(getattr(m, "act", None)) == unwrapped(f)), "silu")
 
 def _has(model:nn.Module, end:str)->bool: return any(name.endswith(end) for name in model.state_dict())
 
@@ -356,27 +353,6 @@ def load_hf(
     if isinstance(model, Decoder): model.cos,model.sin = rope_angles(model.cfg.context_len, model.cfg.d_head, model.cfg.rope_theta) # computed, never saved
     return model.eval()
 
-# %% ../nbs/02c_interchange.ipynb #b8eaf84a
-def _show(value:object)->str:
-    if value is None: return "nothing"
-    if isinstance(value, partial): return f"{_show(value.func)}({', '.join(f'{k}={v}' for k,v in value.keywords.items())})"
-    return getattr(value, "__name__", None) or repr(value)
-
-def _traits(module:nn.Module|None)->dict[str, object]: # what it is, what it was told, and the shapes of its own tensors
-    if module is None: return {}
-    told = {name:value for name,value in vars(module).items() if not name.startswith("_") and name not in ("training", "cfg")}
-    return {"":type(module)} | told | {name:tuple(p.shape) for name,p in module.named_parameters(recurse=False)}
-
-def _difference(model:nn.Module, twin:nn.Module)->str: # "" when there is none
-    "The first part in which a model is not what its fields say."
-    ours,theirs = dict(model.named_modules()),dict(twin.named_modules())
-    for at in ours | theirs:
-        mine,wanted = _traits(ours.get(at)),_traits(theirs.get(at))
-        for name in mine | wanted:
-            a,b = mine.get(name),wanted.get(name)
-            if _plain(a) != _plain(b): return f"{'.'.join(filter(None, (at, name))) or 'the model'} is {_show(a)}, not {_show(b)}"
-    return ""
-
 # %% ../nbs/02c_interchange.ipynb #8088d052
 def _recognise(model:nn.Module, formats:Iterable[Format]=FORMATS)->tuple[Format, dict]: # the row that it fits, and its fields
     "`UserError` says for each family of this class what does not fit."
@@ -384,7 +360,7 @@ def _recognise(model:nn.Module, formats:Iterable[Format]=FORMATS)->tuple[Format,
     for fmt in formats:
         if type(model) not in fmt.makes: continue
         fields = _fields(fmt, model)
-        try: reason = _difference(model, _build(fmt, fields))
+        try: reason = part_difference(model, _build(fmt, fields))
         except ValueError as e: reason = str(e)
         if not reason: return fmt, fields
         reasons.append(f"for {fmt.model_type}, {reason}")

@@ -255,7 +255,7 @@ def save_pretrained(
     "Write the model, its tokenizer and its card as one folder, whole or not at all."
     with atomic_path(run.model) as new:
         save_model(model, new, load_tokenizer(run.tokenizer).eot_id)
-        for name in ("tokenizer.json", "tokenizer_config.json"): shutil.copyfile(run.tokenizer/name, new/name)
+        copy_tokenizer(run.tokenizer, new)
         (new/"README.md").write_text(model_card(run), encoding="utf-8")
     return run.model
 
@@ -562,6 +562,7 @@ def _importing(folder:Path, source:Path)->Iterator[Path]: # where to put the mod
         write_json(new/"run.json", dict(format=IMPORT, source=source.name))
         yield new/"model"
 
+# %% ../nbs/12_pipeline.ipynb #105984af
 def import_hf(
     source:str|Path, # a folder in the Hugging Face layout
     folder:str|Path, # new or empty
@@ -602,6 +603,7 @@ def open_imported(
     if "eos_token_id" not in ids: raise UserError(f"{Path(folder)/'model'/'config.json'} does not say which id ends a text (eos_token_id)")
     return model,HubTokenizer(Path(folder)/"model", _first(ids["eos_token_id"]), _first(ids["bos_token_id"]) if "bos_token_id" in ids else None)
 
+# %% ../nbs/12_pipeline.ipynb #8b8e557d
 def _leaving(folder:Path)->tuple[nn.Module, Path, dict[str, int]]: # the model, where its tokenizer is, and its special ids
     "The model of a run, trained or imported."
     if is_imported(folder): return load_hf(folder/"model"),folder/"model",{name:_first(i) for name,i in load_special_ids(folder/"model").items()}
@@ -622,6 +624,7 @@ def export_hf(
         if (home/"README.md").is_file(): shutil.copyfile(home/"README.md", new/"README.md")
     return Path(target)
 
+# %% ../nbs/12_pipeline.ipynb #95dc64e5
 def export_gguf(
     folder:str|Path, # a run directory with a decoder
     target:str|Path, # the file, replaced in one piece; a `Modelfile` for Ollama is put beside it
@@ -682,6 +685,7 @@ def _write(model:Decoder, tok:Tokenizer, prompt:str, **how)->None:
     except ValueError as e: raise UserError(str(e)) from None # of the prompt or the sampling
     finally: print(flush=True)
 
+# %% ../nbs/12_pipeline.ipynb #519d3a09
 _Temperature = Annotated[float, typer.Option(help="0 takes the likeliest token, 1 is the model's own chance", min=0)]
 _TopK = Annotated[int, typer.Option(help="keep this many of the likeliest tokens", min=1, show_default="all")]
 _TopP = Annotated[float, typer.Option(help="keep the likeliest tokens up to this probability", min=0, max=1)]
@@ -697,6 +701,7 @@ def _generate_verb(
     logging.getLogger("llm_scratch").setLevel(logging.INFO) # by what it is written
     _write(*_open_model(run, preset), prompt.replace(r"\n", "\n"), max_new_tokens=max_new_tokens, seed=seed, temperature=temperature, top_k=top_k, top_p=top_p)
 
+# %% ../nbs/12_pipeline.ipynb #678fdc23
 @_verb("chat")
 def _chat_verb(run:_RunOption=None, preset:_PresetOption=None, temperature:_Temperature=SAMPLING["temperature"], top_k:_TopK=None, top_p:_TopP=SAMPLING["top_p"])->None:
     r"Type how a text begins, the model continues it; an empty line ends."

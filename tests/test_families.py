@@ -7,6 +7,7 @@ import torch
 from torch import nn
 from hypothesis import given, settings, strategies as st
 from torch.testing import assert_close
+from models import filled
 
 from llm_scratch.architecture import Attention, Block, Decoder, ModelConfig, attend, init_weights
 from llm_scratch.families import (GPT2, Encoder, EncoderDecoder, MoE, RelativeBias, UntiedDecoder, UntiedEncoderDecoder, WriteCache, balance_loss, both_buckets, encoder_block, gate_scores, llama_block,
@@ -18,14 +19,6 @@ EVERY_HEAD = dict(base=BASE, one_head=replace(BASE, n_heads=1, n_kv_heads=1, d_h
                   one_layer=replace(BASE, n_layers=1, d_model=24, n_heads=2, n_kv_heads=2, d_head=12))  # H*K = D, as GPT-2 and BERT want
 GROUPED = dict(base=replace(BASE, n_kv_heads=2), one_kv_head=replace(BASE, n_kv_heads=1), wide_heads=replace(BASE, d_head=16, rope_theta=5e5, norm_eps=1e-5), every_head=BASE)
 each_head, grouped = (pytest.mark.parametrize("cfg", shapes.values(), ids=shapes.keys()) for shapes in (EVERY_HEAD, GROUPED))
-
-
-def filled(model, seed=0):
-    "Every weight matters: new models have zero branches, norms of one and biases of zero."
-    rng = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for p in model.parameters(): p.add_(.15*torch.randn(p.shape, generator=rng))
-    return model
 
 
 def ids_of(cfg, *shape, seed=9): return torch.randint(cfg.vocab_size, shape, generator=torch.Generator().manual_seed(seed))

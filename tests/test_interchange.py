@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.testing import assert_close
+from models import filled
 
 from llm_scratch import interchange
 from llm_scratch.architecture import Attention, Block, Decoder, Flat, ModelConfig, SwiGLU, load_model, save_model
@@ -28,14 +29,6 @@ hf.logging.disable_progress_bar()
 
 BASE = ModelConfig(vocab_size=131, context_len=48, n_layers=2, n_heads=4, n_kv_heads=2, d_model=40, d_ff=72, d_head=10)
 often = settings(max_examples=5, deadline=None, derandomize=True, database=None, phases=[Phase.explicit, Phase.generate])  # a failure is small as it is
-
-
-def filled(model, seed=0):
-    "Every weight matters: in new models biases are zero and norms one."
-    rng = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for p in model.parameters(): p.add_(.15*torch.randn(p.shape, generator=rng))
-    return model.eval()
 
 
 @pytest.fixture(autouse=True)

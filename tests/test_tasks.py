@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.testing import assert_close
+from models import filled
 
 from llm_scratch.architecture import Decoder, ModelConfig
 from llm_scratch.families import EncoderDecoder, encoder_block, rewrite
@@ -24,14 +25,6 @@ CFG = ModelConfig(vocab_size=131, context_len=48, n_layers=2, n_heads=4, n_kv_he
 
 @pytest.fixture(autouse=True)
 def same_start(): torch.manual_seed(0)
-
-
-def filled(model, seed=0):
-    "Every weight matters: new models have zero branches."
-    rng = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for p in model.parameters(): p.add_(.15*torch.randn(p.shape, generator=rng))
-    return model
 
 
 def ids_of(*shape, seed=9): return torch.randint(CFG.vocab_size, shape, generator=torch.Generator().manual_seed(seed))
