@@ -37,5 +37,5 @@ $(VENV)/.library: $(VENV)/bin/python settings.ini setup.py pyproject.toml constr
 	@touch $@
 
 $(VENV)/.development: $(VENV)/bin/python settings.ini setup.py pyproject.toml constraints.txt
-	$(PIP) -e '.[dev,docs,interchange,fast]'
+	$(PIP) -e '.[dev,docs,data,interchange,fast]'
 	@touch $@ $(VENV)/.library

@@ -17,7 +17,7 @@ from hypothesis import given, settings, strategies as st
 
 from llm_scratch import data
 from llm_scratch.core import UserError
-from llm_scratch.data import SOURCES, Source, cache_dir, data_card, fetch, load_corpus, load_documents, near_duplicates, nearest, save_documents, shingles, split_corpus, tiny_corpus, wiki_line
+from llm_scratch.data import SOURCES, Document, Source, cache_dir, data_card, fetch, load_corpus, load_documents, near_duplicates, nearest, save_documents, shingles, split_corpus, tiny_corpus, wiki_line
 
 ROOT = Path(__file__).resolve().parent.parent
 WHEEL = "small_text-1.0-py3-none-any.whl"
@@ -237,7 +237,7 @@ piece = st.tuples(st.integers(0, 24), st.integers(3, 14)).map(lambda at: " ".joi
 words = st.lists(piece, min_size=1, max_size=2).map(" ".join)
 corpora = st.lists(st.tuples(words, st.sampled_from("AB")), min_size=4, max_size=24)
 
-def table(rows): return data._dataset(dict(text=t, source=s, id=f"{s}/{i}", meta="{}") for i, (t, s) in enumerate(rows))
+def table(rows): return data.to_dataset(Document(t, s, f"{s}/{i}", {}) for i, (t, s) in enumerate(rows))
 
 
 def share(a:str, b:str)->float:

@@ -24,6 +24,7 @@ MAY_IMPORT = {
     "inside": {"core", "architecture"},
     "tasks": {"core", "architecture", "families"},
     "data": {"core"},
+    "sources": {"core", "data"},
     "tokenization": {"core"},
     "pretraining": {"core"},
     "evaluation": {"core"},
