@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['Entry', 'SOURCES', 'BOOK', 'Source', 'recipe_text', 'wiki_line', 'cache_dir', 'fetch', 'Document', 'read_source',
-           'to_dataset', 'load_corpus', 'shingles', 'nearest', 'near_duplicates', 'split_corpus', 'data_card',
+           'to_dataset', 'load_corpus', 'shingles', 'nearest', 'near_duplicates', 'split_corpus', 'data_card', 'credit',
            'save_documents', 'load_documents', 'tiny_corpus']
 
 # %% ../nbs/03_data.ipynb #09d212b0
@@ -306,15 +306,19 @@ def data_card(
     for text,name in zip(splits["train"]["text"], splits["train"]["source"]): n_bytes[name] += len(text.encode("utf-8"))
     lines = ["## Data", "", "| source | content | training documents | MB | held out | dropped as near-duplicates |", "|---|---|---|---|---|---|"]
     for name in sorted(n_bytes):
-        content = SOURCES[name].content if name in SOURCES else "a few recipes written for this book"
+        content = SOURCES[name].content if name in SOURCES else "a few recipes written for this book" if name == "tiny" else "your own"
         lines.append(f"| {name} | {content} | {counts['train'][name]:,} | {n_bytes[name]/1e6:.2f} | {counts['validation'][name]:,} | {counts.get('duplicates', {}).get(name, 0):,} |")
     lines += ["", "Documents are held out whole. A training document is dropped when it and a held-out one share at least half of the shorter one's runs of five words.", "", "### Licences and attribution", ""]
-    return "\n".join([*lines, *(_credit(name) for name in sorted(n_bytes)), "", _CHANGED, "", f"Made with llm_scratch {__version__}.", ""])
+    return "\n".join([*lines, *(credit(name) for name in sorted(n_bytes)), "", _CHANGED, "", f"Made with llm_scratch {__version__}.", ""])
 
 _CHANGED = "Changed: the text was taken out of its package and set as plain text, with leftovers of wiki markup and repeated blanks removed. Who passes on text under CC BY-SA, as it is or changed, names its authors and keeps its licence."
 
-def _credit(name:str)->str:
-    if name not in SOURCES: return f"- **{name}**: written for this book; Apache-2.0."
+def credit(
+    name:str, # of a source
+)->str: # a line of Markdown
+    "Whose text it is."
+    if name == "tiny": return f"- **{name}**: written for this book; Apache-2.0."
+    if name not in SOURCES: return f"- **{name}**: yours; nothing is known of its licence."
     s = SOURCES[name]
     return f"- **{name}**: {s.content}. Text: {s.licence}. By: {s.attribution}. Read from the package `{s.package}` {s.version}."
 

@@ -332,7 +332,7 @@ def test_same_bytes_whatever_the_hash_seed_and_nothing_outside(tmp_path):
 
 def test_the_attribution_says_what_the_card_says():
     text = (ROOT/"ATTRIBUTION.md").read_text(encoding="utf-8")
-    assert [line for line in text.splitlines() if line.startswith("- **")] == [data._credit(name) for name in sorted([*SOURCES, "tiny"])]
+    assert [line for line in text.splitlines() if line.startswith("- **")] == [data.credit(name) for name in sorted([*SOURCES, "tiny"])]
     assert data._CHANGED in text.splitlines()
     card = data_card(split_corpus(table([(f"{i} {name}", name) for name in SOURCES for i in range(3)]), 1))
-    assert data._CHANGED in card.splitlines() and all(data._credit(name) in card.splitlines() for name in SOURCES)
+    assert data._CHANGED in card.splitlines() and all(data.credit(name) in card.splitlines() for name in SOURCES)
