@@ -11,6 +11,7 @@ __all__ = ['Stage', 'N_EXAMPLES', 'MAX_BYTES', 'Reader', 'READERS', 'HUB', 'Drop
 # %% ../nbs/03a_sources.ipynb #853e38a9
 import codecs
 import gzip
+import io
 import json
 import os
 import re
@@ -208,7 +209,7 @@ def _jsonl(f:BinaryIO, max_bytes:int)->Iterator[Entry|Drop]:
         if line is not None and i == 1: line = line.removeprefix(codecs.BOM_UTF8)
         if line is not None and not line.strip(): continue
         row = "too long" if line is None else _json_row(line)
-        yield Drop(row, f"line {i}") if isinstance(row, str) else (str(i), row.get("text"), {k:v for k,v in row.items() if k != "text"})
+        yield Drop(row, str(i)) if isinstance(row, str) else (str(i), row.get("text"), {k:v for k,v in row.items() if k != "text"})
 
 # %% ../nbs/03a_sources.ipynb #s104a35c
 Reader = Callable[[BinaryIO, int], Iterator[Entry|Drop]] # of an open file; the most bytes that a document may have
@@ -219,7 +220,7 @@ def _whole(f:BinaryIO, max_bytes:int)->bytes|None:
     return data if len(data) <= max_bytes else None
 
 def _utf8(data:bytes|None)->str|Drop|None: # None for None
-    try: return data and data.decode("utf-8")
+    try: return None if data is None else data.decode("utf-8")
     except UnicodeDecodeError: return Drop("invalid UTF-8")
 
 def _text(f:BinaryIO, max_bytes:int)->Iterator[Entry|Drop]:
@@ -233,15 +234,17 @@ def _plain(row:dict)->dict: return json.loads(json.dumps(row, default=str)) # da
 def _parquet(f:BinaryIO, max_bytes:int)->Iterator[Entry|Drop]:
     import pyarrow as pa
     from pyarrow import parquet
-    table,i = parquet.ParquetFile(f),0
+    table,i = parquet.ParquetFile(f, buffer_size=2**20),0
     if "text" not in table.schema_arrow.names: yield Drop("no text"); return
     if table.schema_arrow.field("text").type not in (pa.string(), pa.large_string(), pa.binary(), pa.large_binary()): yield Drop("text is no string"); return
     others = [name for name in table.schema_arrow.names if name != "text"]
-    for batch in table.iter_batches(batch_size=64):
+    groups = [table.metadata.row_group(g) for g in range(table.num_row_groups)]
+    row_bytes = max((g.total_byte_size//max(g.num_rows, 1) for g in groups), default=0)
+    for batch in table.iter_batches(batch_size=min(1000, 2**22//max(row_bytes, 1) or 1)):
         metas = batch.select(others).to_pylist() if others else [{}]*len(batch)
         for i,(data,meta) in enumerate(zip(batch.column("text").cast(pa.large_binary()).to_pylist(), metas), i+1):
             text = _utf8(data)
-            yield text._replace(where=f"row {i}") if isinstance(text, Drop) else (str(i), text, _plain(meta))
+            yield text._replace(where=str(i)) if isinstance(text, Drop) else (str(i), text, _plain(meta))
 
 # %% ../nbs/03a_sources.ipynb #s633a0f0
 _NO_CHARSET = {"idna", "punycode", "unicode-escape", "unicode_escape", "raw-unicode-escape", "raw_unicode_escape", "utf-7", "undefined"} # codecs that a page has no business to name
@@ -298,18 +301,29 @@ class _UntilBroken:
         except Exception as e: self.error = e
         return b""
 
+def _answer(record:"fastwarc.warc.WarcRecord")->"fastwarc.warc.WarcRecord|None":
+    "A response by itself, so that an error in it can't spoil the next record; None if it was cut."
+    from fastwarc.warc import ArchiveIterator
+    size = record.content_length
+    http = record.reader.read(size)
+    head = b"WARC/1.0
+WARC-Type: response
+Content-Type: application/http
+Content-Length: %d
+
+" % size
+    return next(iter(ArchiveIterator(io.BytesIO(head + http), auto_decode="all")), None) if len(http) == size else None
+
 def _page(record:"fastwarc.warc.WarcRecord", max_bytes:int)->tuple[str, dict]|Drop: # text and meta
     "What a server answered, if it is a page."
-    if (size := record.content_length) > max_bytes: return Drop("too long")
-    record.freeze()
-    if record.content_length < size: return Drop("truncated record")
-    record.parse_http(auto_decode="all")
-    if not record.http_headers or not record.http_headers.status_code: return Drop("no HTTP response")
-    if record.http_headers.status_code != 200: return Drop(f"HTTP status {record.http_headers.status_code}")
-    if (record.http_content_type or "").split(";")[0].strip().lower() not in ("text/html", "application/xhtml+xml"): return Drop("not HTML")
-    body = record.reader.read(max_bytes+1)
+    if record.content_length > max_bytes: return Drop("too long")
+    if (answer := _answer(record)) is None: return Drop("truncated record")
+    if not answer.http_headers or not answer.http_headers.status_code: return Drop("no HTTP response")
+    if answer.http_headers.status_code != 200: return Drop(f"HTTP status {answer.http_headers.status_code}")
+    if (answer.http_content_type or "").split(";")[0].strip().lower() not in ("text/html", "application/xhtml+xml"): return Drop("not HTML")
+    body = answer.reader.read(max_bytes+1)
     if len(body) > max_bytes: return Drop("too long")
-    text = decode_html(body, record.http_charset)
+    text = decode_html(body, answer.http_charset)
     return Drop("unknown encoding") if text is None else (text, dict(format="html", url=record.headers.get("WARC-Target-URI")))
 
 # %% ../nbs/03a_sources.ipynb #s5883ef2
@@ -320,7 +334,7 @@ def _warc(f:BinaryIO, max_bytes:int)->Iterator[Entry|Drop]:
     for i,record in enumerate(ArchiveIterator(f, record_types=WarcRecordType.response, parse_http=False), 1):
         try: page = _page(record, max_bytes)
         except (OSError, ValueError): page = Drop("broken record")
-        yield page._replace(where=f"record {i}") if isinstance(page, Drop) else (str(i), *page)
+        yield page._replace(where=str(i)) if isinstance(page, Drop) else (str(i), *page)
     if f.error: raise f.error
 
 # %% ../nbs/03a_sources.ipynb #s706bea2
@@ -342,26 +356,27 @@ def _flaw(text:object, max_bytes:int)->str|None: # None if there is none
 
 def read_file(
     open_file:Callable[[], BinaryIO], # opens it for reading bytes
-    name:str, # its ending says what it is
+    name:str, # safe; its ending says what it is
     max_bytes:int=MAX_BYTES, # that a document may have
-)->Iterator[Entry|Drop]: # keys begin with the name
-    "The entries of one file; what can't be read is a `Drop` that says where."
-    key,n = safe_key(name),0
+)->Iterator[Entry|Drop]: # keys begin with the name, and so does what a drop says of where it was
+    "The entries of one file; what can't be read is a `Drop` under the key that it would have had."
+    n = 0
     try:
         with open_file() as raw, (gzip.open(raw) if name.lower().endswith(".gz") else raw) as f:
             for n,x in enumerate(_reader(name)(f, max_bytes), 1):
-                if not isinstance(x, Drop) and (flaw := _flaw(x[1], max_bytes)): x = Drop(flaw, x[0] and f"item {x[0]}")
-                yield x._replace(where=f"{key}, {x.where}" if x.where else key) if isinstance(x, Drop) else (f"{key}/{x[0]}" if x[0] else key, *x[1:])
-        if not n: yield Drop("empty file", key)
+                key,flaw = (x.where, x.reason) if isinstance(x, Drop) else (x[0], _flaw(x[1], max_bytes))
+                key = f"{name}/{key}" if key else name
+                yield Drop(flaw, key) if flaw else (key, *x[1:])
+        if not n: yield Drop("empty file", name)
     except UserError: raise
-    except Exception as e: yield Drop(f"broken file: {type(e).__name__}", f"{key}, after {n} items")
+    except Exception as e: yield Drop(f"broken file: {type(e).__name__}", f"{name}, after {n} items")
 
 # %% ../nbs/03a_sources.ipynb #s14aee53
 def _zip(f:BinaryIO, max_bytes:int)->Iterator[Entry|Drop]:
     with zipfile.ZipFile(f) as z:
         for member in sorted(z.infolist(), key=lambda m: m.filename):
-            if member.filename.lower().endswith(".zip"): yield Drop("a zip in a zip", safe_key(member.filename))
-            elif _reader(member.filename): yield from read_file(partial(z.open, member), member.filename, max_bytes)
+            if (name := safe_key(member.filename)).lower().endswith(".zip"): yield Drop("a zip in a zip", name)
+            elif _reader(name) and not member.is_dir(): yield from read_file(partial(z.open, member), name, max_bytes)
 
 READERS = {".jsonl":_jsonl, ".parquet":_parquet, ".txt":_text, ".md":_text, ".html":_html, ".htm":_html, ".warc":_warc, ".zip":_zip} # by how a name ends; `.gz` may follow
 
@@ -385,6 +400,7 @@ class FileStream(Stream):
         max_bytes:int=MAX_BYTES, # that a document may have
     ):
         path = Path(path).absolute()
+        self.single = safe_key(path.name) if path.is_file() else None # its ids need not name the file twice
         super().__init__(safe_key(name or path.name))
         fits = ", ".join(READERS)
         if not path.exists(): raise UserError(f"there is no file or folder {path}")
@@ -398,7 +414,9 @@ class FileStream(Stream):
         for name in names[names.index(place["file"]) if place else 0:]:
             n = place["i"] if place and name == place["file"] else 0
             for i,x in enumerate(islice(read_file(partial(open, self.files[name], "rb"), name, self.max_bytes), n, None), n+1):
-                yield dict(file=name, i=i), x if isinstance(x, Drop) else Document(x[1], self.name, f"{self.name}/{x[0]}", x[2])
+                yield dict(file=name, i=i), x._replace(where=self._id(x.where)) if isinstance(x, Drop) else Document(x[1], self.name, self._id(x[0]), x[2])
+
+    def _id(self, key:str)->str: return self.name + (key.removeprefix(self.single) if self.single else f"/{key}")
 
 # %% ../nbs/03a_sources.ipynb #s12d28df
 @dataclass(frozen=True)
@@ -459,7 +477,7 @@ class HubStream(Stream):
     def _item(self, row:dict, i:int)->Document|Drop:
         flaw = _flaw(text := row.get(self.recipe.text), self.max_bytes)
         key = row.get(self.recipe.key) if self.recipe.key else i
-        return Drop(flaw, f"{self.name}, row {i}") if flaw else Document(text, self.name, f"{self.name}/{safe_key(str(key))}", _plain({k:v for k,v in row.items() if k != self.recipe.text}))
+        return Drop(flaw, f"{self.name}/{i}") if flaw else Document(text, self.name, f"{self.name}/{safe_key(str(key))}", _plain({k:v for k,v in row.items() if k != self.recipe.text}))
 
 # %% ../nbs/03a_sources.ipynb #se767339
 def _distinct(streams:Iterable[Stream])->list[Stream]:
@@ -517,7 +535,7 @@ def open_streams(
     names:Iterable[str|Path], # of `SOURCES`, `tiny`, `hub:` and a name of `HUB`, paths
 )->Stream: # one after the other
     "One stream of all that is named, each once."
-    streams = [_open_stream(str(name)) for name in dict.fromkeys([names] if isinstance(names, (str, Path)) else names)]
+    streams = [_open_stream(name) for name in dict.fromkeys(map(str, [names] if isinstance(names, (str, Path)) else names))]
     if not streams: raise UserError(f"no source is given: give some of {', '.join([*SOURCES, 'tiny'])}")
     return streams[0] if len(streams) == 1 else ChainStream(streams)
 
