@@ -306,12 +306,7 @@ def _answer(record:"fastwarc.warc.WarcRecord")->"fastwarc.warc.WarcRecord|None":
     from fastwarc.warc import ArchiveIterator
     size = record.content_length
     http = record.reader.read(size)
-    head = b"WARC/1.0
-WARC-Type: response
-Content-Type: application/http
-Content-Length: %d
-
-" % size
+    head = b"WARC/1.0\r\nWARC-Type: response\r\nContent-Type: application/http\r\nContent-Length: %d\r\n\r\n" % size
     return next(iter(ArchiveIterator(io.BytesIO(head + http), auto_decode="all")), None) if len(http) == size else None
 
 def _page(record:"fastwarc.warc.WarcRecord", max_bytes:int)->tuple[str, dict]|Drop: # text and meta
