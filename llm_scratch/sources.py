@@ -428,7 +428,7 @@ class HubRecipe:
     text:str="text" # the column that holds the text
 
 HUB = {r.name:r for r in (
-    HubRecipe("pile", "monology/pile-uncopyrighted", None, "other: each part keeps its own; five parts of the Pile that were under copyright are left out", "Gao et al. 2020 (The Pile), EleutherAI; devingulliver (this selection)", "30 files of JSON lines, zstandard"),
+    HubRecipe("pile", "monology/pile-uncopyrighted", None, "other: each part keeps its own; five parts of the Pile that were under copyright are left out", "Gao et al. 2020 (The Pile), EleutherAI; monology (this selection)", "30 files of JSON lines, zstandard"),
     HubRecipe("openwebtext", "Skylion007/openwebtext", None, "CC0-1.0 for the packaging; each page belongs to whoever wrote it", "Gokaslan and Cohen 2019 (OpenWebText)", "8 million documents, 40 GB"),
     HubRecipe("c4", "allenai/c4", "en", "ODC-BY, and the terms of Common Crawl", "Raffel et al. 2019 (C4); Allen Institute for AI", "365 million documents, 305 GB packed"),
     HubRecipe("fineweb-edu", "HuggingFaceFW/fineweb-edu", "sample-10BT", "ODC-BY, and the terms of Common Crawl", "Penedo et al. 2024 (FineWeb), Hugging Face", "10 billion tokens, 10 million documents", key="id"),
@@ -471,7 +471,7 @@ class HubStream(Stream):
 
     def _item(self, row:dict, i:int)->Document|Drop:
         flaw = _flaw(text := row.get(self.recipe.text), self.max_bytes)
-        key = row.get(self.recipe.key) if self.recipe.key else i
+        key = row.get(self.recipe.key) or i
         return Drop(flaw, f"{self.name}/{i}") if flaw else Document(text, self.name, f"{self.name}/{safe_key(str(key))}", _plain({k:v for k,v in row.items() if k != self.recipe.text}))
 
 # %% ../nbs/03a_sources.ipynb #se767339
