@@ -226,9 +226,9 @@ def test_a_bomb_in_a_zip_and_in_a_page_take_little_memory(tmp_path):
     at = record.index(b"Content-Length: ") + 16
     size = int(record[at:record.index(b"\r", at)]) + len(b"Content-Encoding: gzip\r\n")
     record = record[:at] + str(size).encode() + record[record.index(b"\r", at):]
-    (tmp_path/"bomb.warc").write_bytes(record + warc_record("http://e/2", b"<p>fine"))
+    (tmp_path/"bomb.warc").write_bytes(record + warc_record("http://e/2", bytes(100*MB)) + warc_record("http://e/3", b"<p>fine"))
     mb, last, n = peak(tmp_path/"bomb.warc", "import fastwarc.warc")
-    assert (last, n) == ("bomb.warc/2", 2) and mb < 60, f"{mb:.0f} MB"
+    assert (last, n) == ("bomb.warc/3", 3) and mb < 60, f"{mb:.0f} MB"
 
 
 def test_a_large_row_group_takes_little_memory(tmp_path):
@@ -322,6 +322,11 @@ def test_a_file_that_vanishes_costs_itself(folder):
     assert Drop("broken file: FileNotFoundError", "corpus/latin.txt, after 0 items") in found and found[-1] != found[0] and any(isinstance(x, Document) and x.text == "q" for x in found)
 
 
+def test_a_byte_order_mark_is_no_text():
+    assert [read(b"\xef\xbb\xbfa", f"a.{kind}")[0][1] for kind in ("txt", "md", "html")] == ["a"]*3 and read(b"\xef\xbb\xbf", "a.txt") == [Drop("empty text", "a.txt")]
+    assert read(b'{"text": "a"}\n\xef\xbb\xbf{"text": "b"}', "a.jsonl") == [("a.jsonl/1", "a", {}), Drop("no JSON", "a.jsonl/2")] # only at the beginning
+
+
 def test_names_of_one_file(tmp_path):
     (tmp_path/"tea.JSONL").write_bytes(jsonl("a"))
     [doc] = FileStream(tmp_path/"tea.JSONL")
@@ -349,6 +354,8 @@ def test_bodies_that_were_packed_on_the_way():
     page = b"<p>The same page, however it came."
     bodies = [packed(page), packed(gzip.compress(page), "Content-Encoding: gzip"), packed(b"5\r\n" + page[:5] + b"\r\n" + f"{len(page)-5:x}\r\n".encode() + page[5:] + b"\r\n0\r\n\r\n", "Transfer-Encoding: chunked")]
     assert [x[1] for x in read(b"".join(bodies), "a.warc")] == [page.decode()]*3
+    wide = packed(gzip.compress(("<p>" + "y"*600).encode("utf-16")), "Content-Encoding: gzip") # a small record, 1208 bytes on the page, 603 as UTF-8
+    assert read(wide, "a.warc", max_bytes=1000) == [Drop("too long", "a.warc/1")] and len(read(wide, "a.warc", max_bytes=1300)[0][1]) == 603
     broken = packed(b"\x00 no brotli", "Content-Encoding: br")
     assert read(broken + bodies[0], "a.warc")[0] == Drop("broken record", "a.warc/1") and read(broken + bodies[0], "a.warc")[1][1] == page.decode()
 
@@ -377,7 +384,8 @@ def test_who_says_what_a_page_is_in():
     assert decode_html(own("utf-8").encode("cp1252"), "windows-1252") == own("utf-8")
     assert decode_html(b"\xef\xbb\xbf" + text.encode(), "latin-1") == text and decode_html(text.encode("utf-16"), "latin-1") == text
     assert decode_html(b"\xfe\xff" + text.encode("utf-16-be")) == text
-    assert decode_html("“curly”".encode("cp1252"), "ascii") == "“curly”" and decode_html(text.encode("cp1252")) == text
+    assert decode_html(own("windows-1251").encode("cp1252"), "windows-1252") == own("windows-1251") # the server comes first
+    assert all(decode_html("“curly”".encode("cp1252"), name) == "“curly”" for name in ("ascii", "latin-1", "ISO-8859-1")) and decode_html(text.encode("cp1252")) == text
 
 
 def test_no_fastwarc_and_no_detector(monkeypatch):
