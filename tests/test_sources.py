@@ -295,6 +295,10 @@ def test_a_safe_name_is_safe_and_its_own(a, b):
     assert safe_key("notes/tea.v2..txt") == "notes/tea.v2..txt"
 
 
+def test_members_come_in_the_order_of_their_names():
+    assert [x[0] for x in read(zipped({"b.txt": b"2", "c/a.txt": b"3", "a.txt": b"1"}), "box.zip")] == ["box.zip/a.txt", "box.zip/b.txt", "box.zip/c/a.txt"]
+
+
 def test_a_member_that_is_encrypted_or_damaged():
     data = bytearray(zipped({"a.txt": b"first "*20, "b.txt": b"second "*20, "c.txt": b"third "*20}))
     data[data.index(b"b.txt") + 8] ^= 255
