@@ -273,7 +273,7 @@ def test_rows_of_a_table():
 
 
 def test_names_in_a_zip_cannot_climb(tmp_path):
-    names = ["../../etc/passwd.txt", "/etc/shadow.txt", "..\\win.txt", "a/./b.txt", "ok/..fine.txt", "%2E%2E/x.txt"]
+    names = ["../../etc/passwd.txt", "/etc/shadow.txt", "..\\win.txt", "a/./b.txt", "ok/..fine.txt", "%2E%2E/x.txt", "../x.txt"]
     path = tmp_path/"slip.zip"
     path.write_bytes(zipped({n: b"text" for n in names} | {"folder.txt/": b"", "in.zip": b"", "picture.png": b"no", "deep.jsonl.gz": gzip.compress(jsonl("deep"))}))
     before = sorted(tmp_path.rglob("*"))
@@ -293,6 +293,10 @@ def test_a_safe_name_is_safe_and_its_own(a, b):
     assert not {"..", "."} & set(safe.split("/")) and not safe.startswith("/") and "\\" not in safe and safe.isprintable()
     assert (safe == safe_key(b)) == (a == b)
     assert safe_key("notes/tea.v2..txt") == "notes/tea.v2..txt"
+
+
+def test_members_come_in_the_order_of_their_names():
+    assert [x[0] for x in read(zipped({"b.txt": b"2", "c/a.txt": b"3", "a.txt": b"1"}), "box.zip")] == ["box.zip/a.txt", "box.zip/b.txt", "box.zip/c/a.txt"]
 
 
 def test_a_member_that_is_encrypted_or_damaged():
