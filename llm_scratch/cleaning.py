@@ -77,16 +77,20 @@ def html_work(
         work += 1 + n_open + (len(_BETWEEN.findall(rest))//20)**2
     return work
 
-# %% ../nbs/03b_cleaning.ipynb #d2584254
-_PAGE = re.compile(r"\s*(?:<!--.{0,1000}?-->\s*|<\?xml[^<>]*>\s*)*(?:<!doctype\s+html|<html\b|<head\b|<body\b)", re.I|re.S)
-_FRAGMENT = re.compile(r"\s*<(?:a|b|blockquote|br|code|dd|div|dl|dt|em|fullname|h[1-6]|i|important|li|note|ol|p|pre|section|span|strong|table|td|tr|u|ul)(?:\s[^<>]*)?/?>", re.I)
+# %% ../nbs/03b_cleaning.ipynb #6da6b349
+_PAGE = re.compile(r"<!doctype\s+html|<html\b|<head\b|<body\b", re.I)
+_FRAGMENT = re.compile(r"<(?:a|b|blockquote|br|code|dd|div|dl|dt|em|fullname|h[1-6]|i|important|li|note|ol|p|pre|section|span|strong|table|td|tr|u|ul)(?:\s[^<>]*)?/?>", re.I)
+
+def _start(text:str)->str: return text[:2000].lstrip("\ufeff \t\r\n")
+
+def _is_page(text:str)->bool: return _start(text).startswith("<") and bool(_PAGE.search(_start(text)))
 
 def is_html(
     doc:Document, # `meta` may say its format
 )->bool:
     "Does the source call it HTML, or, where the source is silent, does it begin with a tag?"
     said = doc.meta.get("format")
-    return said == "html" if said in ("html", "text") else bool(_PAGE.match(doc.text) or _FRAGMENT.match(doc.text))
+    return said == "html" if said in ("html", "text") else _is_page(doc.text) or bool(_FRAGMENT.match(_start(doc.text)))
 
 @dataclass(frozen=True)
 class FromHtml:
@@ -98,7 +102,7 @@ class FromHtml:
         if not is_html(doc): return doc
         if len(doc.text) > self.max_chars: return Drop("HTML too long")
         if html_work(doc.text) > self.max_work: return Drop("HTML too tangled")
-        text = (main_text if _PAGE.match(doc.text) else fragment_text)(doc.text)
+        text = (main_text if _is_page(doc.text) else fragment_text)(doc.text)
         return doc._replace(text=text, meta=doc.meta | {"format":"text"}) if text else Drop("HTML without text")
 
 # %% ../nbs/03b_cleaning.ipynb #1aad4ccf
