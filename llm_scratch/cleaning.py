@@ -66,8 +66,10 @@ def html_work(
     for end,name,rest in _TAG.findall(html):
         name = name.lower()
         if end and name in _SCOPES and any(scope == name for scope,_ in open_in):
-            while open_in[-1][0] != name: n_open -= open_in.pop()[1].total()
-            n_open -= open_in.pop()[1].total() + 1
+            closed = ""
+            while closed != name:
+                closed,inside = open_in.pop()
+                n_open -= inside.total() + 1
         elif end:
             if open_in[-1][1][name] > 0: open_in[-1][1][name],n_open = open_in[-1][1][name]-1,n_open-1
         elif name not in _FREE:

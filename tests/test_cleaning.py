@@ -108,6 +108,7 @@ def test_work_counts_what_is_open_and_what_parts_attributes():
     assert html_work("<B>a</b>") == html_work("<b>a</B>") == 3
     assert html_work("<table><b></table>") == 3 + 1 + 2  # what a scope holds ends with it
     assert html_work("<b><table></b></table>") == 4 + 1 + 2 + 2 + 1  # an end tag inside a scope ends nothing outside
+    assert html_work("<table><object><b></table><i>") == 5 + 1 + 2 + 3 + 0 + 1  # and scopes inside of it
     assert html_work("<p " + "a "*39 + ">") - 1 == (40//20)**2 and html_work("<p " + "a "*10 + ">") == 1
     assert html_work('<p title="a > b < c">x') == 1
 
