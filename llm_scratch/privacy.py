@@ -56,16 +56,16 @@ _PREFIXES = (r"(?:AKIA|ASIA)[A-Z2-7]{16}", r"gh[pousr]_[A-Za-z0-9]{36,255}", r"g
              r"[rs]k_live_[A-Za-z0-9]{16,255}", r"sk-[A-Za-z0-9_-]{20,255}", r"eyJ[A-Za-z0-9_-]{8,2000}\.eyJ[A-Za-z0-9_-]{8,2000}\.[A-Za-z0-9_-]{8,2000}")
 
 def _random(value:str)->int:
-    "A value that a machine may have drawn: letters and digits, and no letter much more often than others."
+    "A value that a machine may have drawn: letters with digits or with capitals in between, and none much more often than others."
     value = value.rstrip(".,;")
     counts = Counter(value).values()
     bits = -sum(n/len(value)*math.log2(n/len(value)) for n in counts)
-    return len(value)*bool(len(value) >= 8 and re.search("[0-9]", value) and re.search("[A-Za-z]", value) and bits >= 2.75)
+    return len(value)*bool(len(value) >= 8 and re.search("[A-Za-z]", value) and (re.search("[0-9]", value) or len(re.findall("[a-z][A-Z]", value)) >= 3) and bits >= 2.75)
 
 RULES += [
     Rule("secret", re.compile(rf"(?<![A-Za-z0-9_-])(?:{'|'.join(_PREFIXES)})(?![A-Za-z0-9_-])")),
     Rule("secret", re.compile(r"-----BEGIN [A-Z ]{0,30}PRIVATE KEY-----(?:[A-Za-z0-9+/=\s:,]|-(?!-)){0,20000}-----END [A-Z ]{0,30}PRIVATE KEY-----")),
-    Rule("secret", re.compile(rf"(?i)(?<![A-Za-z0-9\[])(?:[a-z0-9]{{1,20}}_){{0,3}}(?:password|passwd|pwd|secret|api[_-]?key|(?:access|auth|secret)[_-]?(?:token|key)){_VALUE}"), _random),
+    Rule("secret", re.compile(rf"(?i)(?<![A-Za-z0-9])(?:[a-z0-9]{{1,20}}_){{0,3}}(?:password|passwd|pwd|secret|api[_-]?key|(?:access|auth|secret)[_-]?(?:token|key)){_VALUE}"), _random),
     Rule("credentials", re.compile(r"(?<![A-Za-z0-9+.-])[A-Za-z][A-Za-z0-9+.-]{1,20}://([^\s/:@\[\]<>\"']{0,64}:[^\s/@\[\]<>\"']{1,128})(?=@)"))]
 
 # %% ../nbs/03c_privacy.ipynb #ac1a0014
@@ -74,7 +74,7 @@ RULES.append(Rule("email", re.compile(rf"(?<![\w.+%-])[.+%-]{{0,4}}(\w[\w.+%'-]{
 
 # %% ../nbs/03c_privacy.ipynb #ac1a0015
 _BRANDS = re.compile("4(?:[0-9]{12}|[0-9]{15}|[0-9]{18})|5[1-5][0-9]{14}|2(?:22[1-9]|2[3-9][0-9]|[3-6][0-9]{2}|7[01][0-9]|720)[0-9]{12}|3[47][0-9]{13}|3(?:0[0-5]|[689][0-9])[0-9]{11}"
-                     "|6(?:011|5[0-9]{2}|4[4-9][0-9])[0-9]{12}|(?:2131|1800)[0-9]{11}|35(?:2[89]|[3-8][0-9])[0-9]{12}|(?:5018|5020|5038|5[6-8][0-9]{2}|6304|6759|676[1-3])[0-9]{8,15}")
+                     "|6(?:011|5[0-9]{2}|4[4-9][0-9])[0-9]{12}|(?:2131|1800)[0-9]{11}|35(?:2[89]|[3-8][0-9])[0-9]{12}|(?:5[06-8]|6[237])[0-9]{10,17}")
 
 def _is_card(value:str)->int: return len(value)*bool(_BRANDS.fullmatch(re.sub("[ -]", "", value)) and luhn(value))
 
@@ -99,10 +99,11 @@ RULES += [
 # %% ../nbs/03c_privacy.ipynb #ac1a0017
 _DATE = r"(?:[0-9]{1,4}[./-][0-9]{1,2}[./-][0-9]{1,4}|[0-9]{1,2}(?:st|nd|rd|th)?\.? [^\W\d_]{3,10}\.?,? [0-9]{4}|[^\W\d_]{3,10} [0-9]{1,2},? [0-9]{4})"
 _BORN = r"date of birth|birth ?date|d\.?o\.?b\.?|geburtsdatum|geb\. am|date de naissance|fecha de nacimiento|data di nascita|geboortedatum"
-RULES.append(Rule("birthdate", re.compile(rf"(?i)(?<![\w\[])(?:{_BORN})(?: is| was|\)|\]| ?[:=]){{0,2}} {{0,3}}({_DATE})(?!\w)")))
+RULES.append(Rule("birthdate", re.compile(rf"(?i)(?<!\w)(?:{_BORN})(?: is| was|\)| ?[:=]){{0,2}} {{0,3}}({_DATE})(?!\w)")))
 
 # %% ../nbs/03c_privacy.ipynb #ac1a0018
 _EXT,_END = r"(?: ?(?:x|ext\.?|#) ?[0-9]{1,6})?",r"(?![\w/]|[.-][0-9])"
+_GAP = r"(?: ?\(|\) ?|[ ./-])?"
 _CALL = r"tel(?:efoon|efon|[ée]fono|ephone|\.)?|phone|mobile|cell|fax|call|whatsapp|text|t[ée]l(?:[ée]phone)?|portable|handy"
 
 def _is_long(value:str)->int:
@@ -111,11 +112,11 @@ def _is_long(value:str)->int:
     return len(value)*(9 <= n <= 12 and not re.match(r"[0-9]{2}([./-])[0-9]{2}\1(?:19|20)[0-9]{2}\b|0[0-9]{4}-[0-9]{4}\b", value))
 
 RULES += [
-    Rule("phone", re.compile(rf"(?<![\w+])\(?\+[1-9](?:[ .\-/()]{{0,2}}[0-9]){{7,14}}{_EXT}{_END}")),
-    Rule("phone", re.compile(rf"(?<![\w.+/-])(?<![0-9] )\(?00[1-9][0-9]{{0,2}}[ ./)-](?:[ .\-/()]{{0,2}}[0-9]){{6,12}}{_EXT}{_END}(?! [0-9])")),
+    Rule("phone", re.compile(rf"(?<![\w+])(?:\(\+[0-9]{{1,3}}\)|\+[1-9])(?:{_GAP}[0-9]){{7,14}}{_EXT}{_END}")),
+    Rule("phone", re.compile(rf"(?<![\w.+/-])(?<![0-9] )\(?00[1-9][0-9]{{0,2}}[ ./)-](?:{_GAP}[0-9]){{6,12}}{_EXT}{_END}(?! [0-9])")),
     Rule("phone", re.compile(rf"(?<![\w.+/-])(?<![0-9] )(?:(?:001|\+?1)[ .-])?(?:\([2-9][0-9]{{2}}\)[ -]?[2-9][0-9]{{2}}[ .-]|[2-9][0-9]{{2}}(?:\.[2-9][0-9]{{2}}\.|[ -][2-9][0-9]{{2}}[ -]))[0-9]{{4}}{_EXT}{_END}")),
     Rule("phone", re.compile(rf"(?<![\w.+/-])(?<![0-9] )(?:\(0[0-9]{{1,5}}\)[ -]?[0-9]{{2,8}}|0[1-9][0-9]{{0,4}}[ ./-][0-9]{{2,8}})(?:[ .-][0-9]{{2,8}}){{0,4}}{_EXT}{_END}"), _is_long),
-    Rule("phone", re.compile(rf"(?i)(?<![\w\[])(?:{_CALL})(?: number| no\.?|s?)(?: me| us| them)?(?: at| on| under| is)?:? {{0,2}}([(+]{{0,2}}[0-9](?:[ .\-/()]{{0,2}}[0-9]){{6,14}}{_EXT}){_END}"))]
+    Rule("phone", re.compile(rf"(?i)(?<!\w)(?:{_CALL})(?: number| no\.?|s?)(?: me| us| them)?(?: at| on| under| is)?:? {{0,2}}([(+]{{0,2}}[0-9](?:{_GAP}[0-9]){{6,14}}{_EXT}){_END}"))]
 KINDS = tuple(dict.fromkeys(rule.kind for rule in RULES)) # the kinds that are found
 
 # %% ../nbs/03c_privacy.ipynb #ac1a0030
