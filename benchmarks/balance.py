@@ -1,7 +1,7 @@
 """What does the mixture do to the model? Small decoders that differ in nothing but the shares of their text, at equal tokens.
 
     python benchmarks/balance.py                 three seeds, about a quarter of an hour of one core
-    python benchmarks/balance.py --steps 2 --seeds 1 --held-out 5 --out try.json
+    python benchmarks/balance.py --steps 2 --seeds 1 --held-out 5 --documents 300 --out try.json
 
 Writes nbs/balance.json, which chapter 03e reads, after every run; prints bits per byte of every domain, mean and spread over seeds.
 """
@@ -37,14 +37,14 @@ def plain(docs:list[Document])->list[Document]:
     for doc in docs: kept.setdefault(" ".join(html.unescape(re.sub(r"<[^<>]*>", " ", doc.text)).split()), doc)
     return [doc._replace(text=text+"\n") for text, doc in kept.items() if len(text) >= 200]
 
-def domains(n_validation:int)->tuple[dict, dict, dict]: # pieces to learn from and to be asked about, by domain; bytes there are
+def domains(n_validation:int, n_documents:int)->tuple[dict, dict, dict]: # pieces to learn from and to be asked about, by domain; bytes there are
     "All text of the five domains; what is near to a held-out document is left out."
     found = {name: list(read_source(name)) for name in (*GENERAL, LEGAL)}
     found["manuals"] = plain(found["manuals"])
     sizes = {name: sum(len(d.text.encode()) for d in docs) for name, docs in found.items()}
     learn, ask = defaultdict(list), defaultdict(list)
     for name, docs in found.items():
-        some = random.Random(0).sample(docs, min(len(docs), 4_000)) # more than any run reads
+        some = random.Random(0).sample(docs, min(len(docs), n_documents))
         split = split_corpus(to_dataset(some), n_validation)
         for side, pieces in (("train", learn), ("validation", ask)):
             rows = [Document(r["text"], r["source"], r["id"], {}) for r in split[side]]
@@ -100,9 +100,10 @@ def main()->None:
     parser.add_argument("--seeds", type=int, default=3, help="how many")
     parser.add_argument("--steps", type=int, default=120, help="updates of each run, of 2048 tokens")
     parser.add_argument("--held-out", type=int, default=60, help="documents of each domain that no model learns from")
+    parser.add_argument("--documents", type=int, default=4000, help="of each domain, at most, before they are cut: more than any run reads")
     parser.add_argument("--out", type=Path, default=ROOT/"nbs"/"balance.json", help="the record")
     args = parser.parse_args()
-    learn, ask, sizes = domains(args.held_out)
+    learn, ask, sizes = domains(args.held_out, args.documents)
     lessons = [p.text for pieces in learn.values() for p in random.Random(0).sample(pieces, min(len(pieces), 150))]
     tok = train_bpe(lessons, V)
     record = dict(steps=args.steps, held_out=args.held_out, sizes=sizes, runs=[])

@@ -25,6 +25,8 @@ MAY_IMPORT = {
     "tasks": {"core", "architecture", "families"},
     "data": {"core"},
     "sources": {"core", "data"},
+    "privacy": {"core", "data", "sources"},
+    "balance": {"data"},
     "tokenization": {"core"},
     "pretraining": {"core"},
     "evaluation": {"core"},
