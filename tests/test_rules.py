@@ -26,6 +26,8 @@ MAY_IMPORT = {
     "data": {"core"},
     "sources": {"core", "data"},
     "cleaning": {"core", "data", "sources"},
+    "privacy": {"core", "data", "sources"},
+    "balance": {"data"},
     "tokenization": {"core"},
     "pretraining": {"core"},
     "evaluation": {"core"},
