@@ -25,6 +25,7 @@ MAY_IMPORT = {
     "tasks": {"core", "architecture", "families"},
     "data": {"core"},
     "sources": {"core", "data"},
+    "duplicates": {"core", "data", "sources"},
     "tokenization": {"core"},
     "pretraining": {"core"},
     "evaluation": {"core"},
