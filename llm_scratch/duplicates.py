@@ -60,7 +60,7 @@ def _line(text:str)->bytes: # UTF-8
 def _slices(lines:Sequence[bytes], k:int)->tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]: # bytes; first and behind the last of each slice; how many slices each line has
     "Runs of `k` words of many lines, without copying one."
     data = np.frombuffer(b"\n".join([*lines, b""]), np.uint8)
-    data = data[(data != 32) | np.append(True, data[:-1] > 32)] # no blank behind a blank or at the beginning of a line
+    data = data[(data != 32) | np.append(True, data[:-1] != 32)] # no blank behind a blank
     end = np.flatnonzero(data <= 32)
     start = np.append(-1, end)[:-1] + 1
     some = start < end
