@@ -28,6 +28,7 @@ MAY_IMPORT = {
     "cleaning": {"core", "data", "sources"},
     "privacy": {"core", "data", "sources"},
     "balance": {"data"},
+    "duplicates": {"core", "data", "sources"},
     "tokenization": {"core"},
     "pretraining": {"core"},
     "evaluation": {"core"},
