@@ -275,19 +275,20 @@ def near_duplicates(
 # %% ../nbs/03_data.ipynb #d45b44f9
 def split_corpus(
     corpus:"datasets.Dataset", # with a column `source`
-    n_validation:int=150, # documents of each source to hold back
+    n_validation:int|dict[str, int]=150, # documents of each source to hold back, the same for all or by source
     seed:int=0, # of the choice
 )->"datasets.DatasetDict": # splits `train`, `validation`, and `duplicates` (in neither)
     "Split by document, so that no near-duplicate stands on both sides."
     from datasets import DatasetDict
-    if n_validation < 0: raise ValueError(f"n_validation={n_validation} is below 0: give the number of documents of each source to hold back")
     by_source = defaultdict(list)
     for i,name in enumerate(corpus["source"]): by_source[name].append(i)
+    n_of = n_validation if isinstance(n_validation, dict) else dict.fromkeys(by_source, n_validation)
+    if min(n_of.values(), default=0) < 0: raise ValueError(f"n_validation={n_validation} is below 0: give the number of documents of each source to hold back")
     if not by_source: raise ValueError(f"the corpus is empty: 0 documents, and n_validation={n_validation} are to be held back")
     held = set()
     for name,rows in by_source.items():
-        if len(rows) <= n_validation: raise ValueError(f"source {name} has {len(rows)} documents, and n_validation={n_validation} are to be held back: give at most {len(rows)-1}")
-        held.update(random.Random(seed).sample(rows, n_validation))
+        if len(rows) <= n_of[name]: raise ValueError(f"source {name} has {len(rows)} documents, and n_validation={n_of[name]} are to be held back: give at most {len(rows)-1}")
+        held.update(random.Random(seed).sample(rows, n_of[name]))
     rest = [i for i in range(corpus.num_rows) if i not in held]
     texts = corpus["text"]
     leaks = near_duplicates((texts[i] for i in rest), [texts[i] for i in sorted(held)])
@@ -326,13 +327,14 @@ def credit(
 def save_documents(
     splits:"datasets.DatasetDict", # of `split_corpus`
     folder:str|Path, # replaced in one piece
+    notes:str="", # Markdown, for the end of the card: what was done to the text before
 )->Path: # the folder
     "Write the splits as Parquet, with a data card and checksums."
     from pyarrow import parquet
     with atomic_path(folder) as new:
         new.mkdir()
         for name,docs in splits.items(): parquet.write_table(docs.with_format("arrow")[:], new/f"{name}.parquet")
-        (new/"data_card.md").write_text(data_card(splits), encoding="utf-8")
+        (new/"data_card.md").write_text(data_card(splits)+notes, encoding="utf-8")
         seal(new, "documents", [f"{name}.parquet" for name in splits])
     return Path(folder)
 

@@ -29,10 +29,11 @@ MAY_IMPORT = {
     "privacy": {"core", "data", "sources"},
     "balance": {"data"},
     "duplicates": {"core", "data", "sources"},
+    "curation": {"core", "data", "sources", "cleaning", "duplicates"},
     "tokenization": {"core"},
     "pretraining": {"core"},
     "evaluation": {"core"},
-    "pipeline": {"core", "architecture", "generation", "interchange", "llamacpp", "data", "tokenization", "pretraining", "evaluation"},
+    "pipeline": {"core", "architecture", "generation", "interchange", "llamacpp", "data", "sources", "cleaning", "privacy", "curation", "tokenization", "pretraining", "evaluation"},
 }
 HEAVY = {"datasets", "tokenizers", "matplotlib", "rich", "typer", "ipywidgets", "transformers", "evaluate", "IPython", "pandas", "nbdev", "numba", "gguf", "xllamacpp"}
 HEAVY_BUT_ALLOWED = {"pipeline": {"typer"}, "compiled": {"numba"}}  # the command line is made of typer's annotations, compiled functions of numba's decorator
