@@ -260,6 +260,7 @@ def test_a_gzip_that_was_cut(keep):
 
 
 def test_other_files_that_are_broken():
+    assert read(gzip.compress(jsonl("a")), "A.JSONL.GZ") == [("A.JSONL.GZ/1", "a", {})]
     assert read(b"no gzip", "a.jsonl.gz") == [Drop("broken file: BadGzipFile", "a.jsonl.gz, after 0 items")]
     assert read(b"no zip", "a.zip") == [Drop("broken file: BadZipFile", "a.zip, after 0 items")]
     assert read(b"no table", "a.parquet") == [Drop("broken file: ArrowInvalid", "a.parquet, after 0 items")]
