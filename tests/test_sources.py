@@ -158,6 +158,16 @@ def test_a_mix_counts_no_drops_and_ends_with_the_first_end():
     assert [d.text for d in MixStream([letters("a", 2), letters("b", 5)], [1, 2], size=lambda d: 1)] == ["a0", "b0", "b1", "a1", "b2", "b3"]
 
 
+def test_a_place_stays_what_it_was_while_the_stream_goes_on():
+    make = lambda: ChainStream([MixStream([letters("a", 4), letters("b", 6)], [1, 2]), letters("c", 2)])
+    stream = make()
+    whole, places = zip(*((doc, stream.state_dict()) for doc in stream))
+    for cut, place in enumerate(places, 1):
+        other = make()
+        other.load_state_dict(place)
+        assert [*whole[:cut], *other] == list(whole)
+
+
 def test_mistakes_with_several_streams():
     with pytest.raises(UserError, match="two sources are called a"): ChainStream([letters("a", 1), letters("b", 1), letters("a", 1)])
     with pytest.raises(UserError, match="two sources are called a"): MixStream([letters("a", 1), letters("a", 1)], [1, 1])
@@ -250,6 +260,7 @@ def test_a_gzip_that_was_cut(keep):
 
 
 def test_other_files_that_are_broken():
+    assert read(gzip.compress(jsonl("a")), "A.JSONL.GZ") == [("A.JSONL.GZ/1", "a", {})]
     assert read(b"no gzip", "a.jsonl.gz") == [Drop("broken file: BadGzipFile", "a.jsonl.gz, after 0 items")]
     assert read(b"no zip", "a.zip") == [Drop("broken file: BadZipFile", "a.zip, after 0 items")]
     assert read(b"no table", "a.parquet") == [Drop("broken file: ArrowInvalid", "a.parquet, after 0 items")]
