@@ -299,6 +299,7 @@ def test_buckets_are_the_same_everywhere_and_weigh_each_kind_once():
     assert ids[:4].tolist()[0] == ids[3] and len(ids) == 4 + 3 + 13 and weight.sum() == pytest.approx(3) and weight[:4].tolist() == [.25]*4
     assert buckets("Boil rice", 2**16)[0].tolist() == buckets("bOIL rice", 2**16)[0].tolist() and buckets("a b", 2**16)[0][2] != buckets("b a", 2**16)[0][2]
     assert ids[:4].tolist() == [2248, 65460, 49455, 2248] and 0 <= ids.min() and ids.max() < 2**16 and buckets("Boil rice. Boil", 7)[0].max() < 7
+    assert buckets("Boil", 2**16)[0].tolist() == [2248, 32435, 22082] and buckets("Boil rice", 2**16)[0][:4].tolist() == [2248, 65460, 50477, 32435]
     assert [len(a) for a in buckets("", 8)] == [0, 0] and [len(a) for a in buckets("x", 8)] == [1, 1]
     assert len(buckets("a "*10_000, 8)[0]) == len(buckets("a "*3000, 8)[0]) > len(buckets("a "*2999, 8)[0])  # the beginning is read
 
@@ -313,6 +314,7 @@ def test_quality_learns_repeats_and_travels(quality, tmp_path):
     assert load_quality(tmp_path/"q.safetensors") == quality and repr(load_quality(tmp_path/"q.safetensors")) == repr(quality)
     strict = QualityFilter(quality.weights, quality.bias, 1.)
     assert repr(strict) != repr(quality) and len(repr(quality)) < 80 and reason(strict(doc(PROSE))) == "low quality" and reason(QualityFilter(quality.weights, quality.bias, 0.)(doc("|"))) is None
+    assert reason(QualityFilter(quality.weights, quality.bias, quality.score(PROSE))(doc(PROSE))) is None
     assert repr(QualityFilter(quality.weights, quality.bias + 1)) != repr(quality)
     save_quality(strict, tmp_path/"q.safetensors")
     assert load_quality(tmp_path/"q.safetensors").min_score == 1.
