@@ -177,7 +177,8 @@ def padded(n_words, word="bread"): return " ".join(["the", "of", *[word]*(n_word
     (padded(49), "too few words"), (padded(50), None), (padded(100_000, "bred"), None), (padded(100_001, "bred"), "too many words"),
     (" ".join(["the", "of", "a"]*20), "words too short"), (" ".join(["the", "with", "to"]*20), None),
     (" ".join(["the", "of"] + ["elevenletrs"]*48), "words too long"), (" ".join(["the", "of", "a", "a", "a", "a"] + ["tenletters"]*44), None),
-    (padded(50) + " #"*5, None), (padded(50) + " #####"*1 + " #", "too many hashes"), (padded(50) + " bread..."*6 + " bread… bread", "too many ellipses"), (padded(60) + " bread..."*3 + " bread…"*3 + " bread", None),
+    (" ".join(["the", "of", "s"*17, "s"*18] + ["tenletters"]*46), None), (" ".join(["the", "of", "s"*17, "s"*19] + ["tenletters"]*46), "words too long"),
+    (padded(50) + " #"*5, None), (padded(50) + " #####"*1 + " #", "too many hashes"), (padded(50) + " bread..."*6 + " bread… bread", "too many ellipses"), (padded(50) + " bread…"*6 + " bread", "too many ellipses"), (padded(50) + " bread..."*6 + " bread", "too many ellipses"), (padded(60) + " bread..."*3 + " bread…"*3 + " bread", None),
     ("\n".join(["- the bread of today and more"]*9 + ["and the bread of all"]), None), ("\n".join(["- the bread of today and more"]*10), "lines with bullets"), ("\n".join(["• the bread of today and more"]*10), "lines with bullets"),
     ("\n".join(["the bread of today and more things to come and to see..."]*3 + ["and the bread of all"]*7), None), ("\n".join(["the bread of today and more things to come and to see…"]*4 + ["and the bread of all"]*6), "lines cut short"),
     (padded(40) + " 1234"*10, None), (padded(39) + " 1234"*11, "words without letters"),
@@ -298,6 +299,7 @@ def test_buckets_are_the_same_everywhere_and_weigh_each_kind_once():
     assert ids[:4].tolist()[0] == ids[3] and len(ids) == 4 + 3 + 13 and weight.sum() == pytest.approx(3) and weight[:4].tolist() == [.25]*4
     assert buckets("Boil rice", 2**16)[0].tolist() == buckets("bOIL rice", 2**16)[0].tolist() and buckets("a b", 2**16)[0][2] != buckets("b a", 2**16)[0][2]
     assert ids[:4].tolist() == [2248, 65460, 49455, 2248] and 0 <= ids.min() and ids.max() < 2**16 and buckets("Boil rice. Boil", 7)[0].max() < 7
+    assert buckets("Boil", 2**16)[0].tolist() == [2248, 32435, 22082] and buckets("Boil rice", 2**16)[0][:4].tolist() == [2248, 65460, 50477, 32435]
     assert [len(a) for a in buckets("", 8)] == [0, 0] and [len(a) for a in buckets("x", 8)] == [1, 1]
     assert len(buckets("a "*10_000, 8)[0]) == len(buckets("a "*3000, 8)[0]) > len(buckets("a "*2999, 8)[0])  # the beginning is read
 
@@ -312,6 +314,7 @@ def test_quality_learns_repeats_and_travels(quality, tmp_path):
     assert load_quality(tmp_path/"q.safetensors") == quality and repr(load_quality(tmp_path/"q.safetensors")) == repr(quality)
     strict = QualityFilter(quality.weights, quality.bias, 1.)
     assert repr(strict) != repr(quality) and len(repr(quality)) < 80 and reason(strict(doc(PROSE))) == "low quality" and reason(QualityFilter(quality.weights, quality.bias, 0.)(doc("|"))) is None
+    assert reason(QualityFilter(quality.weights, quality.bias, quality.score(PROSE))(doc(PROSE))) is None
     assert repr(QualityFilter(quality.weights, quality.bias + 1)) != repr(quality)
     save_quality(strict, tmp_path/"q.safetensors")
     assert load_quality(tmp_path/"q.safetensors").min_score == 1.
