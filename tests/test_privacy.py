@@ -117,6 +117,11 @@ def test_a_second_run_changes_nothing_and_nothing_else_is_touched(text, style, k
         assert not any(f.value in once.text for f in found if text.count(f.value) == 1 and len(f.value) > 8)
 
 
+def test_a_page_in_full():
+    out = RedactPII()(doc("x a@b.com, c@d.org! 415-555-2671."))
+    assert out.text == "x [EMAIL], [EMAIL]! [PHONE]." and out.meta == dict(page=1, pii=dict(email=2, phone=1))
+
+
 def test_one_look_would_leave_something():
     assert len(privacy._scan("a@b.com(020) 7946 0958", KINDS, 0)) == 1 and len(find_pii("a@b.com(020) 7946 0958")) == 2
     assert [f.start for f in find_pii("x a@b.com(020) 7946 0958")] == [2, 9]  # positions in the whole text, not in a piece
