@@ -686,6 +686,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                      'llm_scratch.privacy.Pseudonym': ('privacy.html#pseudonym', 'llm_scratch/privacy.py'),
                                      'llm_scratch.privacy.Pseudonym.__call__': ( 'privacy.html#pseudonym.__call__',
                                                                                  'llm_scratch/privacy.py'),
+                                     'llm_scratch.privacy.Pseudonym.__post_init__': ( 'privacy.html#pseudonym.__post_init__',
+                                                                                      'llm_scratch/privacy.py'),
                                      'llm_scratch.privacy.RedactPII': ('privacy.html#redactpii', 'llm_scratch/privacy.py'),
                                      'llm_scratch.privacy.RedactPII.__call__': ( 'privacy.html#redactpii.__call__',
                                                                                  'llm_scratch/privacy.py'),

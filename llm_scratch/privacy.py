@@ -173,8 +173,11 @@ class Tag:
 @dataclass(frozen=True)
 class Pseudonym:
     "Replaces by the kind and a name, the same for the same value within a document: `[EMAIL-bkfo]`."
-    key:str = field(repr=False) # secret: who has it can try out whom a name stands for
+    key:str = field(repr=False) # secret: who has it can try out whom a name stands for; its first 64 bytes count
     n_letters:int=4 # of the name; each is worth 4 bits
+
+    def __post_init__(self):
+        if not self.key: raise ValueError("the key is empty: anybody could try out values; give a secret of 16 characters or more")
 
     def __call__(self,
         found:Found, # what is replaced

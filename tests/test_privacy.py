@@ -73,7 +73,7 @@ def test_is_found_whole(kind, value, frame):
 @pytest.mark.parametrize("text", ["a@b", "@home", "numpy@1.26.0", "me@localhost", "4111111111111112", "1234567812345670", "x4111111111111111", "41111111111111110", "4111 1111 1111 1111 1", "4111111111111111-4375", "57696700-9375-4422-a1b2",
                                   "219-00-9999", "219-09-0000", "000-12-3456", "666-12-3456", "912-12-3456", "1219-09-9999", "219-09-99990", "1.2.3.4", "192.168.10.1", "10.10.10.10", "192.0.2.77", "224.10.10.10", "256.10.10.10", "v93.184.216.34", "93.184.216.34.5", "93.184.216.34-rc1",
                                   "std::ab", "a::b", "ab::cd", "fe80::1:2:3", "12:30:45", "aa:bb:cc:dd:ee:ff", "password: yourpassword", "password=changemenow", "secret: short1", "api_key=aaaaaaaa1", "http://example.org:8080/x@y",
-                                  "5550123456", "115-555-2671", "415-155-2671", "252.227-7013", "02110-1301", "05.06.2003 12", "05.06.2003 123", "1990-2000", "978-0-306-40615-7", "0-306-40615-2", "+1 234", "born on 4 May 1990", "call 123456", "it's 100 000 000", "1 2 3 4 5 6 7 8 9", "AKIAIOSFODNN7EXAMPL", "sk-short"])
+                                  "5550123456", "115-555-2671", "415-155-2671", "252.227-7013", "02110-1301", "05.06.2003 12", "05.06.2003 123", "1990-2000", "978-0-306-40615-7", "0-306-40615-2", "+1 234", "born on 4 May 1990", "call 123456", "it's 100 000 000", "1 2 3 4 5 6 7 8 9", "AKIAIOSFODNN7EXAMPL", "sk-short", "password=aB3x7q;.,", "(020) 79460", "(020) 7946 095 812", "x+442079460958", "41111111111111113"])
 @pytest.mark.parametrize("frame", ["{}", "see {}.", "({}) and"])
 def test_is_no_find(text, frame): assert values(frame.format(text)) == []
 
@@ -117,6 +117,11 @@ def test_a_second_run_changes_nothing_and_nothing_else_is_touched(text, style, k
         assert not any(f.value in once.text for f in found if text.count(f.value) == 1 and len(f.value) > 8)
 
 
+def test_a_page_in_full():
+    out = RedactPII()(doc("x a@b.com, c@d.org! 415-555-2671."))
+    assert out.text == "x [EMAIL], [EMAIL]! [PHONE]." and out.meta == dict(page=1, pii=dict(email=2, phone=1))
+
+
 def test_one_look_would_leave_something():
     assert len(privacy._scan("a@b.com(020) 7946 0958", KINDS, 0)) == 1 and len(find_pii("a@b.com(020) 7946 0958")) == 2
     assert [f.start for f in find_pii("x a@b.com(020) 7946 0958")] == [2, 9]  # positions in the whole text, not in a piece
@@ -136,6 +141,8 @@ def test_pseudonyms():
     assert len({name("a@b.com"), name("a@b.com", id="e"), name("a@b.org"), name("a@b.com", style=Pseudonym("other")), name("a@b.com", "phone")[:7].replace("PHONE-", "EMAIL-")}) == 5
     assert len(name("x", style=Pseudonym("key", 12))) == len("[EMAIL-]") + 12
     assert "key" not in repr(RedactPII(style=style)) and "kinds=" in repr(RedactPII()) and "0x" not in repr(RedactPII())
+    assert name("x", style=Pseudonym("k"*64)) == name("x", style=Pseudonym("k"*80)) != name("x", style=Pseudonym("k"*63))
+    with pytest.raises(ValueError, match="the key is empty"): Pseudonym("")
     assert len({name(f"u{i}@b.com") for i in range(100)}) > 97
 
 
