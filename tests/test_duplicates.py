@@ -225,6 +225,13 @@ def test_pairs_are_datasketchs(way):
     assert candidate_pairs(sigs, b).tolist() == theirs and len(theirs) > 100
 
 
+def test_a_threshold_is_met_exactly(way):
+    "In binary, .55 times 100 is a little more than 55."
+    sigs = np.zeros((2, 100), np.uint32)
+    sigs[1, 55:] = 1
+    for threshold, first in ((.55, 0), (.56, 1)): assert duplicate_of(text_keys("ab"), sigs, threshold, 50).tolist() == [0, first]
+
+
 def test_what_the_pass_does_not_take(tmp_path):
     keys, sigs = text_keys("abc"), signatures(list("abc"))
     with pytest.raises(ValueError, match="2 keys and 3 signatures"): duplicate_of(keys[:2], sigs)
