@@ -306,6 +306,13 @@ def test_what_is_found_is_common(sets, text, n):
     assert (found is None) == (not common) and (found is None or found == ("s", common[0]))
 
 
+def test_a_run_has_two_hashes(way):
+    "With 32 bits, a million runs and a page of a thousand words would meet by chance in one page of five."
+    guard = Decontaminate.against(dict(poem=[" ".join(POEM)]), n=20)
+    runs = [r.encode() for r in shingles(" ".join(POEM), 20)]
+    assert guard.keys.tolist() == sorted(xxhash.xxh32_intdigest(r, 0)<<32 | xxhash.xxh32_intdigest(r, 1) for r in runs) and len(runs) == 3
+
+
 def test_sets_that_guard_nothing():
     for sets in (dict(q=["Why?"]), dict(q=[]), {}):
         with pytest.raises(ValueError, match=f"no text of {'q' if sets else 'no set'} has 8 words"): Decontaminate.against(sets)
