@@ -82,7 +82,7 @@ POOL = ["alpha beta gamma delta epsilon zeta eta theta", "alpha beta", "", "?!",
 @pytest.mark.parametrize("cfg", [MinHashing(), MinHashing(n_perms=7, n_bands=2, shingle=1, seed=9), MinHashing(n_perms=64, n_bands=4, shingle=3, seed=2**31)], ids=str)
 def test_signatures_are_datasketchs(way, cfg):
     datasketch = pytest.importorskip("datasketch", minversion="2.0")
-    pool = POOL + [" ".join(random.Random(i).choices(POOL[0].split()+["ärger"], k=40+i)) for i in range(300)]  # more than one batch
+    pool = POOL + [" ".join(random.Random(i).choices(POOL[0].split()+["ärger"], k=40+i)) for i in range(249)]  # 257 in all: a batch and one
     a, b = datasketch.MinHash(cfg.n_perms, seed=cfg.seed).permutations
     assert all((x == y).all() for x, y in zip(hash_orders(cfg.n_perms, cfg.seed), (a, b)))
     ours = signatures(pool, cfg)
@@ -225,6 +225,13 @@ def test_pairs_are_datasketchs(way):
     assert candidate_pairs(sigs, b).tolist() == theirs and len(theirs) > 100
 
 
+def test_a_threshold_is_met_exactly(way):
+    "In binary, .55 times 100 is a little more than 55."
+    sigs = np.zeros((2, 100), np.uint32)
+    sigs[1, 55:] = 1
+    for threshold, first in ((.55, 0), (.56, 1)): assert duplicate_of(text_keys("ab"), sigs, threshold, 50).tolist() == [0, first]
+
+
 def test_what_the_pass_does_not_take(tmp_path):
     keys, sigs = text_keys("abc"), signatures(list("abc"))
     with pytest.raises(ValueError, match="2 keys and 3 signatures"): duplicate_of(keys[:2], sigs)
@@ -297,6 +304,13 @@ def test_what_is_found_is_common(sets, text, n):
     common = [r for k in guard.lengths for i in range(len(words)-k+1) if (r := " ".join(words[i:i+k])) in wanted]
     found = guard.find(text)
     assert (found is None) == (not common) and (found is None or found == ("s", common[0]))
+
+
+def test_a_run_has_two_hashes(way):
+    "With 32 bits, a million runs and a page of a thousand words would meet by chance in one page of five."
+    guard = Decontaminate.against(dict(poem=[" ".join(POEM)]), n=20)
+    runs = [r.encode() for r in shingles(" ".join(POEM), 20)]
+    assert guard.keys.tolist() == sorted(xxhash.xxh32_intdigest(r, 0)<<32 | xxhash.xxh32_intdigest(r, 1) for r in runs) and len(runs) == 3
 
 
 def test_sets_that_guard_nothing():
