@@ -393,7 +393,7 @@ def _listed(wheel:zipfile.ZipFile)->Iterator[Entry]:
     for i,line in enumerate(wheel.read("better_profanity/profanity_wordlist.txt").decode("utf-8").splitlines()): yield f"{i:04d}", line.strip().lower(), {}
 
 WORD_LIST = Source("profanity", "better-profanity", "0.7.0", "better_profanity-0.7.0-py3-none-any.whl", 46_104,
-                   "bd4c529ea6aa2db1aaa50524be1ed14d0fe5c664f1fd88c8bc388c7e9f9f00e8", _listed, "a list of words that may offend", "MIT", "Son Nguyen Kim")
+                   "bd4c529ea6aa2db1aaa50524be1ed14d0fe5c664f1fd88c8bc388c7e9f9f00e8", _listed, "a list of words that may offend", "MIT", "Son Nguyen Thanh")
 
 def listed_words()->frozenset[str]: # lower case; some have signs or blanks in them
     "Fetch the pinned list of words that may offend."

@@ -25,7 +25,7 @@ import numpy as np
 from .cleaning import plot_waterfall
 from .core import UserError, atomic_path, check_seal, read_json, seal, write_json
 from .data import SOURCES, Document, credit
-from .duplicates import MinHashing, duplicate_of, signatures, text_keys
+from .duplicates import MinHashing, duplicate_of, signatures, stack_arrays, text_keys
 from .sources import Drop, Report, Stage, Stream, Tally, apply_stages, stage_name
 
 # %% ../nbs/03f_curation.ipynb #f1chunks
@@ -141,17 +141,6 @@ def clean_parts(
         except BrokenProcessPool: raise UserError(f"a worker was killed, maybe for want of memory: run the same again, with fewer workers than {workers}; the parts in {parts} are kept") from None
 
 # %% ../nbs/03f_curation.ipynb #f4arrays
-def _joined(parts:list[Path], name:str, path:Path)->np.ndarray:
-    "One array of the arrays of all parts, on disk."
-    arrays = [np.load(p/name, mmap_mode="r") for p in parts]
-    n,dtype,width = sum(map(len, arrays)),arrays[0].dtype,arrays[0].shape[1]
-    if n == 0: return np.empty((0, width), dtype)
-    joined,at = np.lib.format.open_memmap(path, "w+", dtype, (n, width)),0
-    for a in arrays:
-        joined[at:at+len(a)] = a
-        at += len(a)
-    return joined
-
 def _read_documents(path:Path)->Iterator[Document]:
     from pyarrow import parquet
     for row in parquet.read_table(path).to_pylist(): yield Document(**row | dict(meta=json.loads(row["meta"])))
@@ -182,7 +171,7 @@ def merge_parts(
             report += Report.from_rows(saved["report"])
             facts.update({(kind, value):n for kind,value,n in saved["facts"]})
             unread.writelines(f"{line}\n" for line in saved["unread"])
-    keys,marks = (_joined(names, name, parts/f"all-{name}") for name in _FILES[1:])
+    keys,marks = (stack_arrays([p/name for p in names], parts/f"all-{name}") for name in _FILES[1:])
     first,start = duplicate_of(keys, marks, hashing.threshold, hashing.n_bands),0
     for p in names:
         n = len(np.load(p/_FILES[1], mmap_mode="r"))
@@ -215,7 +204,8 @@ def curation_card(
     lines += ["![Share of the bytes that each source has, before and after](sources.svg)", "", "## What was dropped, and why", "", *_dropped(report)]
     lines += ["![What each stage dropped](stages.svg)", "", "## What was changed", ""]
     lines += _table(["stage", "documents", "for example"], [(stage, t.n_docs, t.examples[0]) for stage,t in _changes(report).items()])
-    lines += ["## What the text is", "", *_table(["", "", "documents or places, copies among them"], [(kind, value, n) for (kind,value),n in sorted(facts.items()) if kind in ("language", "private")])]
+    lines += ["## What the text is", "", *_table(["", "", "documents or places, copies among them"], [(kind, value, n) for (kind,value),n in sorted(facts.items()) if kind in ("language", "private")]),
+              "Where private details were replaced: names and street addresses were not, no pattern finds them.", ""]
     lines += ["![Lengths before and after](lengths.svg)", "", "## Licences and attribution", "", *(credit(s) for s,*_ in rows), ""]
     lines += ["## Made by", "", *(f"{i}. `{describe_stage(s)}`" for i,s in enumerate(stages, 1)), "", f"llm_scratch {__version__}; the checksums of all files are in `manifest.json`.", ""]
     return "\n".join(lines)

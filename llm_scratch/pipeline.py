@@ -35,7 +35,8 @@ from .architecture import Decoder, ModelConfig, init_weights, load_model, n_para
 from .cleaning import basic_stages, full_stages, listed_words, quality_texts, train_quality
 from .core import UserError, atomic_path, read_json, write_json
 from .curation import curate, curation_notes, read_curated
-from .data import SOURCES, cache_dir, load_corpus, load_documents, nearest, save_documents, split_corpus, tiny_corpus, to_dataset
+from .data import SOURCES, Document, cache_dir, load_corpus, load_documents, nearest, save_documents, split_corpus, tiny_corpus, to_dataset
+from .duplicates import Decontaminate
 from .evaluation import Result, bits_per_byte, counts_steps, looks_like_recipe, mean_of, ratio_of, share_of, token_nats, train_ngram
 from .generation import Cache, sample, stream
 from .interchange import TOKENIZER_FILES, copy_tokenizer, find_tensors, load_hf, load_special_ids, save_hf
@@ -71,6 +72,7 @@ class Preset:
     n_samples:int # texts written for the scorecard, each from a held-out title
     save_every:int # updates between two checkpoints
     cleaning:str="off" # what is done to the text, of `CLEANING`; other than `off`, sources may be paths
+    keep_out:tuple[str, ...]=() # like `sources`: texts of an evaluation; what quotes them is dropped by cleaning
 
     @property
     def config(self)->ModelConfig: # the sizes of its model
@@ -127,7 +129,7 @@ def open_run(
     saved = read_json(folder/"run.json", f"give another folder, or delete {folder} and start again")
     if isinstance(saved, dict) and saved.get("format") == IMPORT: raise UserError(f"{folder} holds the imported model {saved['source']}: generate, chat, export-hf and export-gguf work on it; give another folder for a run")
     if not isinstance(saved, dict) or saved.get("format") != "llm_scratch run": raise UserError(f"{folder/'run.json'} is not of a run: give the folder of a run, or a new one")
-    try: preset = Preset(**saved["preset"] | dict(sources=tuple(saved["preset"]["sources"])))
+    try: preset = Preset(**{k:tuple(v) if isinstance(v, list) else v for k,v in saved["preset"].items()})
     except (TypeError, KeyError): raise UserError(f"{folder/'run.json'} is of another version of llm_scratch: give a new folder") from None
     return Run(folder, preset, saved["seed"])
 
@@ -157,9 +159,12 @@ CLEANING = "off","basic","full" # how much is done to the text of a run
 
 def cleaning_stages(
     level:str, # "basic" or "full"
+    keep_out:Iterable[str]=(), # like `sources`: texts that no document may quote
 )->list[Stage]: # in order
     "What a level stands for: out of HTML and letters repaired; or all of chapters 03b and 03c."
-    return basic_stages() if level == "basic" else [*full_stages(train_quality(*quality_texts()), listed_words()), RedactPII()]
+    stages = basic_stages() if level == "basic" else full_stages(train_quality(*quality_texts()), listed_words())
+    sets = {name:[d.text for d in open_streams([name]) if isinstance(d, Document)] for name in keep_out}
+    return [*stages, *([Decontaminate.against(sets)] if sets else []), *([RedactPII()] if level == "full" else [])]
 
 # %% ../nbs/12_pipeline.ipynb #c1ea0ed1
 def _cleaned(run:Run, watch:Watch, workers:int)->tuple["datasets.Dataset", dict[str, int], str]: # documents, how many of each source to hold back, and what was done to them
@@ -167,7 +172,7 @@ def _cleaned(run:Run, watch:Watch, workers:int)->tuple["datasets.Dataset", dict[
     p,stream = run.preset,open_streams(run.preset.sources)
     part_docs = 1000
     parts = None if stream.n_total is None else -(-stream.n_total//part_docs)
-    folder = curate(stream, cleaning_stages(p.cleaning), run.folder/"curation", part_docs=part_docs, workers=workers, watch=lambda jobs: watch(jobs, "clean", parts))
+    folder = curate(stream, cleaning_stages(p.cleaning, p.keep_out), run.folder/"curation", part_docs=part_docs, workers=workers, watch=lambda jobs: watch(jobs, "clean", parts))
     corpus = to_dataset(read_curated(folder))
     held = {source:min(p.n_validation, n//4) for source,n in Counter(corpus["source"]).items()}
     if not any(held.values()): raise UserError(f"{corpus.num_rows} documents are left, too few to hold one of four back: give more text")
@@ -510,37 +515,32 @@ _SeedOption = Annotated[int, typer.Option("--seed", help="of weights, batches an
 
 _SourcesOption = Annotated[str, typer.Option("--sources", help="names of the book's sources, hub:NAME, or paths to files and folders, with commas between", show_default="the preset's")]
 _CleanOption = Annotated[str, typer.Option("--clean", help=f"{', '.join(CLEANING)}: what is done to the text", show_default="basic for paths, else off")]
+_KeepOutOption = Annotated[str, typer.Option("--keep-out", help="texts of an evaluation, like --sources: documents that quote them are dropped", show_default="none")]
 _WorkersOption = Annotated[int, typer.Option("--workers", help="processes that clean", min=1)]
 
-def _begin(folder:Path|None, preset:str|None, depth:int|None, seed:int|None, sources:str|None=None, clean:str|None=None)->Run:
+def _begin(folder:Path|None, preset:str|None, depth:int|None, seed:int|None, sources:str|None=None, clean:str|None=None, keep_out:str|None=None)->Run:
     "The run that the options mean; what they leave open is as the run has it."
     folder = folder or Path("runs")/(preset or "cpu")
     is_new = not (folder/"run.json").exists()
     old = None if is_new else open_run(folder)
     wanted = old.preset if old and preset is None and depth is None else _preset(preset or (old.preset.name if old else "cpu"), depth)
-    if old: wanted = replace(wanted, sources=old.preset.sources, cleaning=old.preset.cleaning)
-    if sources or clean: wanted = _with_text(wanted, sources, clean)
+    if old: wanted = replace(wanted, sources=old.preset.sources, cleaning=old.preset.cleaning, keep_out=old.preset.keep_out)
+    if sources or clean or keep_out: wanted = _with_text(wanted, sources, clean, keep_out)
     return start_run(folder, wanted, (old.seed if old else 0) if seed is None else seed)
 
-def _with_text(preset:Preset, sources:str|None, clean:str|None)->Preset:
+def _names(listed:str)->tuple[str, ...]: # what stands between commas; paths that exist are absolute, so that the run can be resumed from anywhere
+    return tuple(str(Path(n).absolute()) if n not in SOURCES and Path(n).exists() else n for n in filter(None, (n.strip() for n in listed.split(","))))
+
+def _with_text(preset:Preset, sources:str|None, clean:str|None, keep_out:str|None=None)->Preset:
     "The preset with the text and the cleaning that the user asks for."
-    names = preset.sources if sources is None else tuple(str(Path(n).absolute()) if n not in SOURCES and Path(n).exists() else n for n in filter(None, (n.strip() for n in sources.split(","))))
-    is_stream = names != ("tiny",) and any(n not in SOURCES for n in names)
+    names = preset.sources if sources is None else _names(sources)
+    kept_out = preset.keep_out if keep_out is None else _names(keep_out)
+    is_stream = kept_out or names != ("tiny",) and any(n not in SOURCES for n in names)
     level = clean or ("basic" if is_stream else "off")
     if level not in CLEANING: raise UserError(f"there is no cleaning {level}: give one of {', '.join(CLEANING)}")
-    if level == "off" and is_stream: raise UserError(f"{', '.join(n for n in names if n not in SOURCES)} must be read as a stream: give --clean basic or full")
-    open_streams(names) # or says what is wrong with a name
-    return replace(preset, sources=names, cleaning=level)
-
-def _console():
-    from rich.console import Console
-    return Console(stderr=True, highlight=False, markup=False) # a folder may have brackets in its name
-
-def _track()->Watch:
-    "Progress bars on standard error, gone when they are full."
-    from rich.progress import track
-    console = _console()
-    return partial(track, console=console, transient=True, disable=not console.is_terminal)
+    if level == "off" and is_stream: raise UserError(f"{', '.join(n for n in (*names, *kept_out) if n not in SOURCES) or 'what is kept out'} must be read as a stream: give --clean basic or full")
+    for each in filter(None, (names, kept_out)): open_streams(each) # or says what is wrong with a name
+    return replace(preset, sources=names, cleaning=level, keep_out=kept_out)
 
 # %% ../nbs/12_pipeline.ipynb #1790cfbb
 def _documents(run:Run, workers:int=1)->None:
@@ -591,8 +591,8 @@ def _walk(name:str, does:str, *steps:Callable[[Run], None])->None:
 def _walk_from_text(name:str, does:str, *steps:Callable[[Run], None])->None:
     "Register a verb that begins with the text, and may be told which."
     @_verb(name, does)
-    def walk(run:_RunOption=None, preset:_PresetOption=None, depth:_DepthOption=None, seed:_SeedOption=None, sources:_SourcesOption=None, clean:_CleanOption=None, workers:_WorkersOption=1)->None:
-        r = _begin(run, preset, depth, seed, sources, clean)
+    def walk(run:_RunOption=None, preset:_PresetOption=None, depth:_DepthOption=None, seed:_SeedOption=None, sources:_SourcesOption=None, clean:_CleanOption=None, keep_out:_KeepOutOption=None, workers:_WorkersOption=1)->None:
+        r = _begin(run, preset, depth, seed, sources, clean, keep_out)
         _documents(r, workers)
         for step in steps: step(r)
 

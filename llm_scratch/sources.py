@@ -105,6 +105,7 @@ def _n_bytes(doc:Document)->int: return len(doc.text.encode("utf-8", "surrogatep
 def _take(stage:Stage, doc:Document)->Document|Drop:
     "A stage on a document; one that fails drops it, so that no document ends a run of days."
     try: return stage(doc)
+    except UserError: raise # a missing package is no fault of the document
     except Exception as e: return Drop(f"{type(e).__name__} in the stage")
 
 def apply_stages(
