@@ -25,6 +25,7 @@ MAY_IMPORT = {
     "tasks": {"core", "architecture", "families"},
     "data": {"core"},
     "sources": {"core", "data"},
+    "text": {"core"},
     "tokenization": {"core"},
     "pretraining": {"core"},
     "evaluation": {"core"},
