@@ -87,7 +87,7 @@ def read_text(
     for mark,name in _MARKS:
         if raw.startswith(mark): return raw[len(mark):].decode(name, "replace"), name
     text = _decoded(raw, "utf-8")
-    if b"\0" in raw and (text is None or raw.count(0)*4 > len(raw)) and (name := _wide(raw)): return raw.decode(name), name
+    if b"\0" in raw and (text is None or sum(b < 14 for b in raw)*4 > len(raw)) and (name := _wide(raw)): return raw.decode(name), name
     if text is not None: return text, "utf-8"
     mended = raw.decode("utf-8", "replace")
     n_bad = mended.count("�")
@@ -208,7 +208,7 @@ def split_paragraphs(
     return [text[a:b] for a,b in paragraph_spans(text)]
 
 # %% ../nbs/04a_text.ipynb #t04a061
-_COULD_END = regex.compile(r"""[.!?…]++["'”’»)\]*]*+(?:\[\d{1,3}\])*+(?=\s)|[。！？]++[」』”’）]*+|\n(?=[^\S\n]*\n)|\n(?=[ \t]*(?:[-*•]|\d{1,3}[.)]|\#{1,6})[ \t])|(?<=^\#{1,6}[ ][^\n]{0,200})\n""", regex.M)
+_COULD_END = regex.compile(r"""(?<![.!?…])[.!?…]++["'”’»)\]*]*+(?:\[\d{1,3}\])*+(?=\s)|[。！？]++[」』”’）]*+|\n(?=[^\S\n]*\n)|\n(?=[ \t]*(?:[-*•]|\d{1,3}[.)]|\#{1,6})[ \t])|(?<=^\#{1,6}[ ][^\n]{0,200})\n""", regex.M)
 _NEXT = regex.compile(r"\s*+[\"'“‘«»(\[¿¡—–\-*\s]*+(\p{L}[\p{L}\p{M}]*+)?")
 _BEFORE = regex.compile(r"[\p{L}\p{M}.\-°º]*$")
 _SPACE = regex.compile(r"\s*")
@@ -227,9 +227,11 @@ def _ends(text:str, m:regex.Match, abbreviations:frozenset[str])->bool:
     word = _NEXT.match(text, m.end())[1] or ""
     if word[:1].islower(): return False
     if m[0][0] != "." or m[0][:2] == "..": return True
+    if m[0].strip(".)]*[0123456789"): return True # a quotation ends here
     before = _BEFORE.search(text, max(0, m.start()-24), m.start())[0].lstrip(".-")
+    if _ERA.search(text, max(0, m.start()-8), m.start()): return word.lower() in _OPENERS
     if before.lower() in abbreviations and (len(before) == 1 or not before.isupper()): return False
-    if before.lower() in _MAYBE or _ERA.search(text, max(0, m.start()-8), m.start()) or regex.fullmatch(r"(?:\p{L}\.)+\p{L}", before): return word.lower() in _OPENERS
+    if before.lower() in _MAYBE or regex.fullmatch(r"(?:\p{L}\.)+\p{L}", before): return word.lower() in _OPENERS
     if len(before) == 1 and before.isupper(): return False
     return not text[text.rfind("\n", max(0, m.start()-8), m.start())+1:m.start()].strip().isdigit()
 
@@ -239,13 +241,15 @@ def sentence_spans(
     abbreviations:frozenset[str]=ABBREVIATIONS, # after which no sentence ends
 )->Iterator[tuple[int, int]]: # start and end of each; together they are the whole text
     "Sentences, headings and items of lists; the white space goes with the part before it."
-    brackets,start = [m.span() for m in _BRACKETS.finditer(text)],0
-    opens = [a for a,_ in brackets]
+    brackets = [m.span() for m in _BRACKETS.finditer(text)]
+    opens,start,begin = [a for a,_ in brackets],0,_SPACE.match(text).end() # `begin`: where the part begins that one can see
     for m in _COULD_END.finditer(text):
         i = bisect(opens, m.start())-1
-        if (i >= 0 and m.start() < brackets[i][1]-1) or not _ends(text, m, abbreviations): continue
+        if m.start() <= begin or (i >= 0 and m.start() < brackets[i][1]-1) or not _ends(text, m, abbreviations): continue
         end = _SPACE.match(text, m.end()).end()
-        if start < m.start() and end < len(text): yield start, end; start = end
+        if end == len(text): break
+        yield start, end
+        start = begin = end
     if start < len(text): yield start, len(text)
 
 def split_sentences(

@@ -27,6 +27,7 @@ MAY_IMPORT = {
     "sources": {"core", "data"},
     "text": {"core"},
     "tokenization": {"core"},
+    "wordpiece": {"core", "tokenization"},
     "pretraining": {"core"},
     "evaluation": {"core"},
     "pipeline": {"core", "architecture", "generation", "interchange", "llamacpp", "data", "tokenization", "pretraining", "evaluation"},

@@ -2,7 +2,6 @@
 import codecs
 import pickle
 import sys
-import time
 import unicodedata
 from itertools import product
 from typing import NamedTuple
@@ -54,15 +53,17 @@ def test_wide_text_without_a_mark(name, text): assert read_text(text.encode(name
 def test_a_nul_alone_does_not_make_it_wide():
     assert read_text(b"ab\0cdef!", None) == ("ab\0cdef!", "utf-8")
     assert read_text(b"\0", None)[0] == "\0"
+    assert read_text("\0\x01\x01".encode("utf-16-le"), None)[1] == "utf-8"  # text has no NUL, however wide
 
 
 def test_damaged_utf8_stays_utf8_and_shows_where():
     raw = "été à Sète, là où naît l’été".encode()
     for cut in range(1, 12): assert read_text(raw[:-cut], guess_western)[1] == "utf-8"
-    broken = raw[:4] + b"\xff" + raw[4:]
+    broken = raw[:5] + b"\xff" + raw[5:]
     text, name = read_text(broken, guess_western)
     assert name == "utf-8" and text.count("�") == 1 and text.replace("�", "") == raw.decode()
     assert read_text("né et".encode("cp1252"), guess_western) == ("né et", "cp1252")  # one bad and none good
+    assert read_text(b"\xe9 \xc3\xa9", lambda raw: "cp1252")[1] == "cp1252"  # one bad and one good: not most
 
 
 def test_who_is_asked():
@@ -102,7 +103,7 @@ def test_western_guesses(text, names):
 
 
 def test_scores():
-    assert western_score("plain ASCII, 1 + 1.") == 0
+    assert western_score("plain ASCII, 1 + 1. 2nd aB 5x? a+b \x07") == 0
     assert western_score("né") > western_score("nΘ") and western_score("don’t") > western_score("donít") - 1 and western_score("3 °C") > western_score("3 ¯C")
     assert guess_western(b"plain") == WESTERN[0] == "cp1252"
 
@@ -183,7 +184,13 @@ def test_the_stage():
 
 @settings(max_examples=600, deadline=None)
 @given(anything)
-@example("a.\n\n") @example("\n\n") @example(" . ") @example("(a. b") @example("1. A\n2. B")
+@example("a.\n\n")
+@example("\n\n")
+@example("\n\n\na")
+@example("\n\n. a\n\n\nb")
+@example(" . ")
+@example("(a. b")
+@example("1. A\n2. B")
 def test_joined_the_parts_are_the_text(text):
     for spans, parts in ((sentence_spans(text), split_sentences(text)), (paragraph_spans(text), split_paragraphs(text))):
         spans = list(spans)
@@ -192,20 +199,19 @@ def test_joined_the_parts_are_the_text(text):
         assert all(not p[0].isspace() for p in parts[1:])  # white space goes with the part before
 
 
-@pytest.mark.parametrize("marked", """A b.|C d. e. f|G!|H?|I… j|K
-Dr. Who met Mr. X. Y.|It rained.
+@pytest.mark.parametrize("marked", """A b.|C d. e. f!|G!|H?|I… j.|K
+Dr. Who met Mr. X. Y. Smith.|It rained.
 At 3.14 p.m. in the U.S. Army.|The end.
 See (it. Was. So.) here.|Then [It. Is.] there.
 She said "No."|Then “Yes.”|And ‘ok.’|Done.
 Pay in Glendale, CA.|But not now.
 It won.[7]|It lost.[12][3]|So.
 Apple Inc. Store.|Apple Inc.|The store.
-20 a. C. En|Roma. no.
+Nació en 20 a. C.|En Roma murió en 20 d. C. Marco.
 Né en 44 av. J.-C.|Il est mort.
 日本。|はい！|「ええ。」|a""".split("\n"))
 def test_sentences(marked):
     parts = [p.strip() for p in marked.split("|")]
-    if "Roma" in marked: parts = ["20 a. C.", "En Roma. no."]
     text = "".join(parts) if "日" in marked else " ".join(parts)
     assert [s.strip() for s in split_sentences(text)] == parts
 
@@ -228,11 +234,8 @@ def test_paragraphs():
 
 @pytest.mark.parametrize("unit", ["(", "[", ")", "(a) ", ". ", "\n", "# ", "# a\n", "a.b", "A. ", " ", "...", "'", "((", "1.", "👩\u200d", "\ufe0f", "🏴\U000e0067", "\n ", "- ", "a. \n\n"])
 def test_no_page_stops_a_run(unit):
-    "Ten times the text takes about ten times the time, not a hundred: generous, for a loaded machine."
-    def cost(n):
-        text, start = unit * n, time.process_time()
-        assert "".join(split_sentences(text)) == text and "".join(split_paragraphs(text)) == text
-        normalize(text, PLAIN)
-        return time.process_time() - start
-    cost(1000)
-    assert cost(30_000) < 40 * max(cost(3_000), .02)
+    "Long pages of one thing: a pattern that is quadratic would sit here for minutes. There is no clock, the run itself would not end."
+    text = unit * (100_000//len(unit))
+    assert "".join(split_sentences(text)) == text and "".join(split_paragraphs(text)) == text
+    assert normalize(text, PLAIN) == normalize(normalize(text, PLAIN), PLAIN)
+    assert read_text(text.encode())[0] == text
