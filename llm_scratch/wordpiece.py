@@ -92,7 +92,7 @@ def train_pieces(
             words[i] = _fused(words[i], pair)
             add(i, 1)
         new = joined(*pair)
-        if new not in known: pieces.append(new); known.add(new) # two ways may lead to one piece
+        if new not in known: pieces.append(new); known.add(new) # a piece once, should two pairs ever make the same
         for p in pairs_of[pair[0]] | pairs_of[pair[1]] | pairs_of[new]:
             if count[p] >= max(min_count, 1): heapq.heappush(heap, entry(p))
     return pieces

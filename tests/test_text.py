@@ -203,6 +203,9 @@ def test_joined_the_parts_are_the_text(text):
 Dr. Who met Mr. X. Y. Smith.|It rained.
 At 3.14 p.m. in the U.S. Army.|The end.
 See (it. Was. So.) here.|Then [It. Is.] there.
+He left.|(It rained. Hard.)|Then he came.|So (it is!) now.
+I met Mr...|Then it rained.
+... And then.|!!! Stop.
 She said "No."|Then “Yes.”|And ‘ok.’|Done.
 Pay in Glendale, CA.|But not now.
 It won.[7]|It lost.[12][3]|So.

@@ -70,6 +70,7 @@ def test_sizes_that_do_not_fit():
     with pytest.raises(ValueError, match="vocab_size=20 is too small"): train_wordpiece(TEXTS, 20)
     with pytest.raises(ValueError, match="for vocab_size=8 only, and vocab_size=99"): train_wordpiece(["ab"], 99, min_count=3, specials=("a b", "c d", "e", "f", "g"))
     assert train_wordpiece(["ab ab"], 7, min_count=2).pieces == [UNK, "##b", "a", "ab"]
+    with pytest.raises(ValueError, match="for vocab_size=6 only, and vocab_size=7"): train_wordpiece(["ab"], 7)
     assert train_wordpiece(["ab"], 6).pieces == [UNK, "##b", "a"]  # just large enough
 
 
