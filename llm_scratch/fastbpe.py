@@ -303,7 +303,7 @@ def _learn(letters:np.ndarray, starts:np.ndarray, counts:np.ndarray, n_merges:in
     N = len(letters)
     room,ids,weight,left,right = 3*N+1,letters.astype(np.int64),np.empty(N, np.int64),np.arange(-1, N-1),np.arange(1, N+1)
     pairs = _Pairs(np.empty(room, np.int64), np.empty(room, np.int64), np.empty(room, np.int32), np.empty(room, np.int32), np.empty(room, np.int32), np.empty(room, np.int32), np.zeros(2, np.int64))
-    slots,heap,size,merges,m = np.zeros(2**18, np.int32),np.empty((room, 2), np.int64),0,np.empty((n_merges, 2), np.int64),0
+    slots,heap,size,merges,m = np.zeros(2**17, np.int32),np.empty((room, 2), np.int64),0,np.empty((n_merges, 2), np.int64),0
     for w in range(len(counts)):
         a,b = starts[w],starts[w+1]
         left[a],right[b-1],weight[a:b] = -1,-1,counts[w]

@@ -40,8 +40,9 @@ def fast(tok): return FastTokenizer(tok)
 @pytest.mark.parametrize("frame", ["{}", "'{}", "'l{}", "'{}e", " {}", "{}a", "1{}1", "!{}", "\n{}", "  {}", "{}  b", "{}\n"])
 def test_every_character_is_split_like_the_pattern(frame):
     "All of Unicode, with neighbours that make it choose among the alternatives."
-    for i in range(0, len(NUMBERS), 2**18):
-        text = "\x00".join(frame.format(chr(c)) for c in NUMBERS[i:i+2**18])
+    some = NUMBERS if frame in ("{}", "'{}") else NUMBERS[:0x3000] + NUMBERS[len(frame)::5]  # all of them in the plainest, a fifth in each of the others
+    for i in range(0, len(some), 2**18):
+        text = "\x00".join(frame.format(chr(c)) for c in some[i:i+2**18])
         same = split_fast(text) == SPLIT(text)  # so that no megabyte is printed
         assert same
 
@@ -130,15 +131,15 @@ def test_merges_of_any_text_are_equal(texts): assert train_merges_fast(texts, 50
 @compiled
 def test_merges_of_recipes_are_equal_to_the_last():
     every = train_merges(TEXTS, 10**5)
-    assert 1000 < len(every) < 10**5  # until no pair is left
+    assert 500 < len(every) < 10**5  # until no pair is left
     assert train_merges_fast(TEXTS, 10**5) == every
 
 
 @compiled
 def test_more_pairs_than_the_first_table_holds():
     rng = random.Random(0)
-    texts = ["".join(chr(rng.randrange(0x4E00, 0x9FFF)) for _ in range(60_000))]
-    assert train_merges_fast(texts, 400) == train_merges(texts, 400)
+    texts = [" ".join("".join(chr(rng.randrange(0x4E00, 0x9FFF)) for _ in range(12)) for _ in range(4000))]
+    assert train_merges_fast(texts, 3000) == train_merges(texts, 3000)
 
 
 @compiled
