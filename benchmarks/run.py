@@ -24,6 +24,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from importlib.metadata import version
 from importlib.util import find_spec
+from itertools import accumulate
 from operator import ne
 from pathlib import Path
 from statistics import median
@@ -41,7 +42,8 @@ from llm_scratch.tokenization import PATTERN, SPECIALS, Tokenizer, to_tokenizers
 @dataclass(frozen=True)
 class Sizes:
     "How much work there is."
-    sources:tuple[str, ...]=("recipes", "parables") # of the text; none for the few recipes that come with the library
+    sources:tuple[str, ...]=("recipes", "parables", "encyclopaedia") # of the text; none for the few recipes that come with the library
+    n_bytes:int=9_500_000 # of the text, at most: whole documents, in their order
     n_tokens:int=4096 # of the vocabulary to learn
     cfg:ModelConfig=ModelConfig(vocab_size=2048, context_len=256, n_layers=4, n_heads=3, n_kv_heads=1, d_model=192, d_ff=512, d_head=64)
     batch_size:int=8 # texts of a training step, each as long as the context
@@ -50,7 +52,7 @@ class Sizes:
                                       ModelConfig(vocab_size=4096, context_len=128, n_layers=6, n_heads=4, n_kv_heads=4, d_model=256, d_ff=704, d_head=64),
                                       ModelConfig(vocab_size=8192, context_len=128, n_layers=8, n_heads=6, n_kv_heads=6, d_model=384, d_ff=1024, d_head=64)) # that write it
 
-TINY = Sizes((), 400, Sizes.cfg.tiny(), batch_size=2, n_new=16, decoders=(replace(Sizes.cfg.tiny(), vocab_size=300),))
+TINY = Sizes((), n_tokens=400, cfg=Sizes.cfg.tiny(), batch_size=2, n_new=16, decoders=(replace(Sizes.cfg.tiny(), vocab_size=300),))
 
 @dataclass(frozen=True)
 class Pair:
@@ -67,30 +69,52 @@ def require(truth:bool, otherwise:str)->None:
 
 # --- the pairs -------------------------------------------------------------------------------------------------
 
-def tokenizing(sizes:Sizes)->Iterator[Pair]:
-    "Learn a vocabulary; encode the text that it was learned from."
+def texts_of(sizes:Sizes)->list[str]:
+    "Documents in their order, as long as they fit."
+    texts = list((load_corpus(sizes.sources) if sizes.sources else tiny_corpus())["text"])
+    return [t for t,n in zip(texts, accumulate(len(t.encode()) for t in texts)) if n <= sizes.n_bytes]
+
+def their_training(texts:list[str], n_tokens:int)->"tokenizers.Tokenizer":
     import tokenizers
     from tokenizers import pre_tokenizers as pre
-    texts = list((load_corpus(sizes.sources) if sizes.sources else tiny_corpus())["text"])
+    tok = tokenizers.Tokenizer(tokenizers.models.BPE())
+    tok.pre_tokenizer = pre.Sequence([pre.Split(tokenizers.Regex(PATTERN), "isolated"), pre.ByteLevel(add_prefix_space=False, use_regex=False)])
+    tok.train_from_iterator(texts, tokenizers.trainers.BpeTrainer(vocab_size=n_tokens, special_tokens=list(SPECIALS),
+                            initial_alphabet=pre.ByteLevel.alphabet(), show_progress=False))
+    return tok
 
-    def their_training()->tokenizers.Tokenizer:
-        tok = tokenizers.Tokenizer(tokenizers.models.BPE())
-        tok.pre_tokenizer = pre.Sequence([pre.Split(tokenizers.Regex(PATTERN), "isolated"), pre.ByteLevel(add_prefix_space=False, use_regex=False)])
-        tok.train_from_iterator(texts, tokenizers.trainers.BpeTrainer(vocab_size=sizes.n_tokens, special_tokens=list(SPECIALS),
-                                initial_alphabet=pre.ByteLevel.alphabet(), show_progress=False))
-        return tok
-    def same_vocabulary(ours:Tokenizer, theirs:tokenizers.Tokenizer)->None: # but for ties, which each breaks by its own ids
-        a,b = set(to_tokenizers_json(ours)["model"]["vocab"]),set(theirs.get_vocab())
-        require(len(a) == len(b) == sizes.n_tokens and len(a & b) >= .99*len(a), f"vocabularies of {len(a)} and {len(b)} tokens share {len(a & b)}")
-    yield Pair(f"learn {sizes.n_tokens:,} tokens from {sum(len(t.encode()) for t in texts)/1e6:.2g} MB", "tokenizers",
-               lambda: train_bpe(texts, sizes.n_tokens), their_training, same_vocabulary)
+def same_vocabulary(ours:Tokenizer, theirs:"tokenizers.Tokenizer")->None: # but for ties, which each breaks by its own ids
+    a,b = set(to_tokenizers_json(ours)["model"]["vocab"]),set(theirs.get_vocab())
+    require(len(a) == len(b) and len(a & b) >= .99*len(a), f"vocabularies of {len(a)} and {len(b)} tokens share {len(a & b)}")
 
-    tok = train_bpe(texts, sizes.n_tokens)
+def encoding(work:str, texts:list[str], tok:Tokenizer, ours:Callable[[], Tokenizer])->Iterator[Pair]:
+    "Ids of all texts, as lists, beside both libraries; whoever remembers words begins with none."
+    import tokenizers
     saved = json.dumps(to_tokenizers_json(tok))
     def same_ids(ours:list, theirs:list)->None: require(ours == theirs, f"{sum(map(ne, ours, theirs))} of {len(texts)} texts have other ids")
-    yield Pair("encode that text", "tokenizers", # both begin with an empty cache of words
-               lambda: list(Tokenizer(tok.merges, tok.specials).encode_batch(texts)),
-               lambda: [e.ids for e in tokenizers.Tokenizer.from_str(saved).encode_batch(texts)], same_ids)
+    yield Pair(work, "tokenizers", lambda: list(ours().encode_batch(texts)), lambda: [e.ids for e in tokenizers.Tokenizer.from_str(saved).encode_batch(texts)], same_ids)
+    if find_spec("tiktoken") is None: raise UserError("tiktoken is not installed: pip install tiktoken")
+    import tiktoken
+    theirs = tiktoken.Encoding("ours", pat_str=PATTERN, mergeable_ranks={b:i for i,b in enumerate(tok.token_bytes[:tok.eot_id])}, special_tokens=tok.special_ids)
+    yield Pair(work, "tiktoken", lambda: list(ours().encode_batch(texts)), lambda: [theirs.encode_ordinary(t) for t in texts], same_ids)
+
+def tokenizing(sizes:Sizes)->Iterator[Pair]:
+    "Learn a vocabulary; encode the text that it was learned from."
+    texts = texts_of(sizes)
+    yield Pair(f"learn {sizes.n_tokens:,} tokens from {sum(len(t.encode()) for t in texts)/1e6:.2g} MB", "tokenizers",
+               lambda: train_bpe(texts, sizes.n_tokens), lambda: their_training(texts, sizes.n_tokens), same_vocabulary)
+    tok = train_bpe(texts, sizes.n_tokens)
+    yield from encoding("encode that text", texts, tok, lambda: Tokenizer(tok.merges, tok.specials))
+
+def tokenizing_compiled(sizes:Sizes)->Iterator[Pair]:
+    "The same in machine code."
+    from llm_scratch.fastbpe import FastTokenizer, train_merges_fast
+    texts = texts_of(sizes)
+    learn = lambda: train_bpe(texts, sizes.n_tokens, learn=train_merges_fast)
+    tok = learn()
+    require(tok.digest == train_bpe(texts, sizes.n_tokens).digest, "the compiled trainer has learned other merges")
+    yield Pair(f"learn {sizes.n_tokens:,} tokens from that text, compiled", "tokenizers", learn, lambda: their_training(texts, sizes.n_tokens), same_vocabulary)
+    yield from encoding("encode that text, compiled", texts, tok, lambda: FastTokenizer(tok))
 
 def random_model(cfg:ModelConfig)->Decoder:
     "A decoder in which every matrix matters; a fresh one writes zeros to the stream."
@@ -210,7 +234,7 @@ def llamas(sizes:Sizes)->Iterator[Pair]:
                 write = llama_cpp(path, cfg.context_len)
             yield Pair(work, f"llama.cpp, {dtype}", ours, lambda: write(prompt, n), lambda a,b: require(a.count("<") == b.count("<"), f"{a} and {b}")) # rounded numbers write their own text
 
-PAIRS = {tokenizing:"tokenizers", modelling:"transformers", optimizing:"torch", decoding:"transformers", drafting:"torch", llamas:"xllamacpp"} # and the package that each needs
+PAIRS = {tokenizing:"tokenizers", tokenizing_compiled:"numba", modelling:"transformers", optimizing:"torch", decoding:"transformers", drafting:"torch", llamas:"xllamacpp"} # and the package that each needs
 
 # --- the table -------------------------------------------------------------------------------------------------
 
@@ -236,7 +260,7 @@ def machine()->str:
     info = Path("/proc/cpuinfo").read_text(encoding="utf-8") if Path("/proc/cpuinfo").exists() else ""
     name = m[1] if (m := re.search(r"^model name\s*: (.+)", info, re.M)) else platform.processor() or platform.machine()
     bf16 = "with" if re.search(r"\b(avx512_|amx_)?bf16\b", info) else "without"
-    return ", ".join([f"{name} ({bf16} bfloat16 instructions)", f"Python {platform.python_version()}", *(f"{p} {version(p)}" for p in ("torch", "tokenizers", "transformers", "numba", "xllamacpp") if find_spec(p))])
+    return ", ".join([f"{name} ({bf16} bfloat16 instructions)", f"Python {platform.python_version()}", *(f"{p} {version(p)}" for p in ("torch", "tokenizers", "tiktoken", "transformers", "numba", "xllamacpp") if find_spec(p))])
 
 def main(argv:list[str]|None=None)->None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)

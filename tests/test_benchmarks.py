@@ -13,6 +13,7 @@ from llm_scratch.core import UserError
 
 SCRIPT = Path(__file__).resolve().parent.parent/"benchmarks"/"run.py"
 WORK = "learn 400 tokens", "encode that text", "forward and backward", "Muon step", "write "
+ROWS = ("learn 400 tokens", "tokenizers"), ("encode that text ", "tokenizers"), ("encode that text ", "tiktoken"), ("learn 400 tokens from that text, compiled", "tokenizers"), ("encode that text, compiled", "tokenizers"), ("encode that text, compiled", "tiktoken")
 PEERS = "PyTorch", "transformers", "transformers, float32", "without guesses", "llama.cpp, f32", "llama.cpp, q8_0"  # of the last
 
 
@@ -26,15 +27,16 @@ def bench():
 
 
 def test_one_command_one_table():
-    for peer in ("transformers", "numba", "xllamacpp"): pytest.importorskip(peer)
+    for peer in ("transformers", "numba", "xllamacpp", "tiktoken"): pytest.importorskip(peer)
     done = subprocess.run([sys.executable, SCRIPT, "--rounds", "1", "--tiny"], capture_output=True, text=True, encoding="utf-8", timeout=200, check=False)
     assert done.returncode == 0, done.stderr
     head, legend, *_ = [line for line in done.stdout.splitlines() if line]
     assert "torch" in head and "on 1 thread" in legend
     rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in done.stdout.splitlines() if line.startswith("|")][2:]
-    work = [*WORK, *WORK[-1:]*(len(PEERS)-1)]
-    assert [r[0][:len(w)] for r, w in zip(rows, work, strict=True)] == work, done.stdout
-    assert [r[1].startswith(peer) for r, peer in zip(rows[4:], PEERS, strict=True)] == [True]*6
+    work = [*(w for w, _ in ROWS), *WORK[2:], *WORK[-1:]*(len(PEERS)-1)]
+    assert [f"{r[0]} "[:len(w)] for r, w in zip(rows, work, strict=True)] == work, done.stdout
+    assert [r[1] for r in rows[:len(ROWS)]] == [peer for _, peer in ROWS]
+    assert [r[1].startswith(peer) for r, peer in zip(rows[len(ROWS)+2:], PEERS, strict=True)] == [True]*6
     for _, _, ours, theirs, ratio in rows:
         assert all(re.fullmatch(r"([\d.e-]+) \(\1–\1\)", cell) for cell in (ours, theirs)) and float(ratio) > 0  # one round: least, median and most are one
     assert "skipped" not in done.stdout
@@ -85,6 +87,7 @@ def test_a_peer_that_is_missing_leaves_its_rows_out(bench, monkeypatch, capsys):
     monkeypatch.setattr(bench, "find_spec", lambda name: None if name == "transformers" else name)
     bench.main(["--rounds", "1", "--tiny"])
     out = capsys.readouterr().out
+    assert "| encode that text, compiled | tiktoken |" in out
     assert [w for w in WORK if f"| {w}" in out] == [WORK[0], WORK[1], WORK[3], WORK[4]]
     assert out.splitlines()[-2:] == [f"skipped {pairs}: transformers is not installed: pip install transformers" for pairs in ("modelling", "decoding")]
 
@@ -94,7 +97,7 @@ def test_text_that_cannot_be_fetched_leaves_its_rows_out(bench, monkeypatch, cap
     monkeypatch.setattr(bench, "load_corpus", offline)
     monkeypatch.setattr(bench, "PAIRS", {bench.tokenizing: "tokenizers"})
     bench.main(["--rounds", "1"])
-    assert capsys.readouterr().out.splitlines()[-1] == "skipped tokenizing: could not fetch recipes, parables"
+    assert capsys.readouterr().out.splitlines()[-1] == "skipped tokenizing: could not fetch recipes, parables, encyclopaedia"
 
 
 def test_no_rounds_are_refused(bench, capsys):

@@ -33,12 +33,13 @@ MAY_IMPORT = {
     "text": {"core"},
     "tokenization": {"core"},
     "wordpiece": {"core", "tokenization"},
+    "fastbpe": {"core", "tokenization"},
     "pretraining": {"core"},
     "evaluation": {"core"},
     "pipeline": {"core", "architecture", "generation", "interchange", "llamacpp", "data", "sources", "cleaning", "privacy", "curation", "tokenization", "pretraining", "evaluation"},
 }
 HEAVY = {"datasets", "tokenizers", "matplotlib", "rich", "typer", "ipywidgets", "transformers", "evaluate", "IPython", "pandas", "nbdev", "numba", "gguf", "xllamacpp"}
-HEAVY_BUT_ALLOWED = {"pipeline": {"typer"}, "compiled": {"numba"}}  # the command line is made of typer's annotations, compiled functions of numba's decorator
+HEAVY_BUT_ALLOWED = {"pipeline": {"typer"}, "compiled": {"numba"}, "fastbpe": {"numba"}}  # the command line is made of typer's annotations, compiled functions of numba's decorator
 SECONDS = 2  # of CPU time beyond `import torch`, generous
 
 
