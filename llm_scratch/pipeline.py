@@ -199,9 +199,10 @@ def prepare_tokens(
     watch:Watch=quietly, # shows progress
 )->Tokenizer: # of the run; the shards are in `run.tokens`
     "Step 4: learn a tokenizer and write the shards, or load it where that is done."
+    from llm_scratch.fastbpe import best_tokenizer, best_trainer # here, because Numba takes a second to import
     if not run.documents.exists(): raise _missing(run, run.documents, "data")
-    if not run.tokenizer.exists(): save_tokenizer(train_bpe(load_documents(run.documents)["train"]["text"][:], run.preset.vocab_size), run.tokenizer)
-    tok = load_tokenizer(run.tokenizer)
+    if not run.tokenizer.exists(): save_tokenizer(train_bpe(load_documents(run.documents)["train"]["text"][:], run.preset.vocab_size, learn=best_trainer()), run.tokenizer)
+    tok = best_tokenizer(load_tokenizer(run.tokenizer))
     for split in ("train", "validation"):
         if not (run.tokens/split).exists():
             texts = load_documents(run.documents)[split]["text"][:]
@@ -541,6 +542,16 @@ def _with_text(preset:Preset, sources:str|None, clean:str|None, keep_out:str|Non
     if level == "off" and is_stream: raise UserError(f"{', '.join(n for n in (*names, *kept_out) if n not in SOURCES) or 'what is kept out'} must be read as a stream: give --clean basic or full")
     for each in filter(None, (names, kept_out)): open_streams(each) # or says what is wrong with a name
     return replace(preset, sources=names, cleaning=level, keep_out=kept_out)
+
+def _console():
+    from rich.console import Console
+    return Console(stderr=True, highlight=False, markup=False) # a folder may have brackets in its name
+
+def _track()->Watch:
+    "Progress bars on standard error, gone when they are full."
+    from rich.progress import track
+    console = _console()
+    return partial(track, console=console, transient=True, disable=not console.is_terminal)
 
 # %% ../nbs/12_pipeline.ipynb #1790cfbb
 def _documents(run:Run, workers:int=1)->None:
