@@ -26,6 +26,8 @@ MAY_IMPORT = {
     "data": {"core"},
     "sources": {"core", "data"},
     "tokenization": {"core"},
+    "vocabulary": {"core", "data", "tokenization"},  # data fetches the tokenizers of others
+    "packing": set(),
     "pretraining": {"core"},
     "evaluation": {"core"},
     "pipeline": {"core", "architecture", "generation", "interchange", "llamacpp", "data", "tokenization", "pretraining", "evaluation"},
