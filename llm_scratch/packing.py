@@ -29,7 +29,7 @@ def cut_documents(
 )->list[Piece]: # in order, without those of length 0
     "Documents as pieces of at most `context_len` ids."
     if context_len < 1: raise ValueError(f"context_len={context_len} holds nothing: give at least 1")
-    return [Piece(doc, at, min(at+context_len, n)) for doc,n in enumerate(lengths) for at in range(0, n, context_len)]
+    return [Piece(doc, at, min(at+context_len, int(n))) for doc,n in enumerate(lengths) for at in range(0, int(n), context_len)]
 
 # %% ../nbs/04d_packing.ipynb #dec665b1
 def best_fit(
@@ -40,7 +40,7 @@ def best_fit(
     if wrong := [n for n in sizes if not 0 < n <= room]: raise ValueError(f"a piece of {wrong[0]} does not fit into a row of {room}: sizes go from 1 to {room}")
     rows,with_room,free = [],[[] for _ in range(room+1)],0 # `free` has bit number r when some row has room r
     for i in sorted(range(len(sizes)), key=lambda i: (-sizes[i], i)):
-        n = sizes[i]
+        n = int(sizes[i])
         if enough := free >> n: left = n + (enough & -enough).bit_length() - 1 # the lowest bit: the least room that will do
         else:
             left = room
@@ -97,7 +97,7 @@ class PackedBatches:
             begin,end = int(self.starts[p.doc]),int(self.starts[p.doc+1]) if p.doc+1 < len(self.starts) else len(self.tokens)
             text = np.asarray(self.tokens[begin+p.start:min(begin+p.stop+1, end)], dtype=np.int64)
             n,after = p.stop-p.start,self.eot_id if self.ends else -1
-            row[:,at:at+n] = text[:n],np.append(text[1:], after)[:n],k
+            row[0,at:at+n],row[1,at:at+n],row[2,at:at+n] = text[:n],np.append(text[1:], after)[:n],k
             at += n
         return row
 
