@@ -163,6 +163,16 @@ def test_no_text_becomes_a_tag(text):
     assert seen.tags.count("br") == text.count("\n")
 
 
+@pytest.mark.parametrize("token", [b"<script>alert(1)</script>", b'"><img src=x onerror=y>', b"'><b>", b"&lt;i&gt;", b"</span><h1>"])
+def test_no_token_becomes_a_tag(token):
+    "Whole commands as single tokens, which small vocabularies do not have."
+    tok = RankedTokenizer([*(bytes([b]) for b in range(256)), token], r"[\s\S]+")
+    ids = tok.encode(token.decode())
+    assert ids == [256]
+    seen = Seen(tokens_html(tok, ids))
+    assert seen.tags == ["div", "span", "wbr"] and seen.text == token.decode() and seen.titles == [f"id 256, {len(token)} bytes: {repr(token)[1:]}"]
+
+
 def test_a_frame_stands_around_what_is_chosen():
     ids = TOK.encode("the eggs, the milk")
     assert Seen(tokens_html(TOK, ids, range(1, 3))).framed == [False, True, True, *[False]*(len(ids)-3)]
