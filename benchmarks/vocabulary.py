@@ -35,7 +35,7 @@ TEXT_BYTES = 4_000_000 # read by each seed, chosen by chance: no run comes to it
 HELD, HELD_CHARS = 40, 600 # held-out documents of each source, and how much of each is scored
 VOCABS = 512, 2048, 4096, 8192, 16384, 32768, 50000
 SETTINGS = (("book", 1, .2, VOCABS), ("book", 1, 1.2, (2048, 32768)), # text, depth of the model, thousand billion operations, sizes
-            ("book", 4, 1.8, (2048, 4096, 32768)), ("recipes", 2, .6, VOCABS)) # a larger model; a narrower text
+            ("book", 4, 1.8, (2048, 4096, 32768, 50000)), ("recipes", 2, .6, VOCABS)) # a larger model; a narrower text
 
 def start_of(text:str)->str: return text[:HELD_CHARS]
 
