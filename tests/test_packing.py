@@ -57,6 +57,20 @@ def test_best_fit_places_each_piece_once_and_leaves_no_two_rows_that_would_be_on
 def test_best_fit_by_hand(sizes, rows): assert best_fit(sizes, 8) == rows
 
 
+@given(st.lists(st.integers(1, 16), max_size=30))
+def test_the_fullest_row_with_room_is_taken(sizes):
+    "Against looking at every row: as full after each piece, wherever ties fell."
+    rows = []
+    for n in sorted(sizes, reverse=True):
+        fits = [r for r in rows if sum(r) + n <= 16]
+        (max(fits, key=sum) if fits else rows.append([]) or rows[-1]).append(n)
+    assert sorted(sum(r) for r in rows) == sorted(sum(sizes[i] for i in r) for r in best_fit(sizes, 16))
+
+
+def test_a_row_holds_at_least_one_id():
+    with pytest.raises(ValueError, match="context_len=0 holds nothing"): cut_documents([3], 0)
+
+
 @pytest.mark.parametrize("bad", [0, 9, -1])
 def test_a_piece_that_does_not_fit_is_named(bad):
     with pytest.raises(ValueError, match=f"a piece of {bad} does not fit into a row of 8"): best_fit([3, bad], 8)
