@@ -33,15 +33,18 @@ def _epoch(n_windows:int, context_len:int, seed:int, epoch:int)->tuple[int, np.n
 # %% ../nbs/06_pretraining.ipynb #3b684f14
 @dataclass(frozen=True)
 class Batches:
-    "Windows of a row of tokens, shuffled anew in every epoch: `batches[step]` depends on nothing but `step`."
+    "Windows of a row of tokens, shuffled anew in every epoch: `batches[step]` depends on nothing but `step` and the fields."
     tokens:np.ndarray # `(n,)` ids, or anything that slices to them
     context_len:int # `T`, ids per window
-    batch_size:int # `B`, windows per batch
+    batch_size:int # `B`, windows per batch, in each process
     seed:int=0 # of the orders and offsets
+    rank:int=0 # of this process, below `world`
+    world:int=1 # processes that share each step
 
     def __post_init__(self):
         if len(self.tokens) < 2*self.context_len: raise ValueError(
             f"the data has {len(self.tokens)} tokens, fewer than 2*context_len={2*self.context_len}: give more text or a context_len of at most {len(self.tokens)//2}")
+        if not 0 <= self.rank < self.world: raise ValueError(f"rank={self.rank} is not below world={self.world}: ranks go from 0 to {self.world-1}")
 
     @property
     def n_windows(self)->int: # windows in one epoch
@@ -50,9 +53,10 @@ class Batches:
     def __getitem__(self,
         step:int, # from 0, without end
     )->tuple[torch.Tensor, torch.Tensor]: # `ids` and `targets`, both `(B,T)` int64
-        "Batch number `step`."
+        "Batch number `step`, the part of this process."
         T,windows = self.context_len,[]
-        for i in range(step*self.batch_size, (step+1)*self.batch_size):
+        first = (step*self.world + self.rank)*self.batch_size
+        for i in range(first, first+self.batch_size):
             start,order = _epoch(self.n_windows, T, self.seed, i//self.n_windows)
             at = start + T*int(order[i%self.n_windows])
             windows.append(np.asarray(self.tokens[at:at+T+1], dtype=np.int64))

@@ -103,3 +103,37 @@ def test_text_that_cannot_be_fetched_leaves_its_rows_out(bench, monkeypatch, cap
 def test_no_rounds_are_refused(bench, capsys):
     with pytest.raises(SystemExit): bench.main(["--rounds", "0"])
     assert "give 1 or more" in capsys.readouterr().err
+
+
+# --- how large a vocabulary -----------------------------------------------------------------------------------------
+
+def test_the_vocabulary_study_goes_on_where_it_was(tmp_path, monkeypatch, capsys):
+    from datasets import Dataset
+
+    spec = spec_from_file_location("benchmarks_vocabulary", SCRIPT.with_name("vocabulary.py"))
+    study = module_from_spec(spec)
+    spec.loader.exec_module(study)
+    words = "the cook stirs a hot soup and then rests while salt and pepper wait for their turn in the pan".split()
+    rng = __import__("random").Random(0)
+    texts = [" ".join(rng.choices(words, k=60)) + f" {i}." for i in range(60)]
+    corpus = Dataset.from_dict(dict(text=texts, source=["recipes", "parables"]*30))
+    monkeypatch.setattr(study, "load_corpus", lambda: corpus)
+    monkeypatch.setattr(study, "split_corpus", lambda corpus, n_validation: dict(train=corpus.select(range(40)), validation=corpus.select(range(40, 60))))
+    monkeypatch.setattr(study, "BOOK", ("recipes", "parables"))
+    monkeypatch.setattr(study, "HELD", 5)
+    monkeypatch.setattr(study, "SETTINGS", (("book", 1, .5, (300, 320)), ("recipes", 1, .5, (300,))))
+    out = tmp_path/"try.json"
+    monkeypatch.setattr(sys, "argv", ["vocabulary.py", "--seeds", "2", "--tiny", "--out", str(out)])
+    study.main()
+    rows = study.json.loads(out.read_text(encoding="utf-8"))["rows"]
+    assert [(r["seed"], r["text"], r["vocab_size"]) for r in rows] == [(s, t, v) for s in range(2) for t, v in (("book", 300), ("book", 320), ("recipes", 300))]
+    for r in rows:
+        cfg = study.decoder_config(1, r["vocab_size"], study.T)
+        spent = study.training_flops_per_token(cfg, study.T)*r["n_tokens"]
+        assert abs(spent - .0005e12) <= study.training_flops_per_token(cfg, study.T)*study.T*study.B  # equal operations, to an update
+        assert 0 < r["bits_per_byte"] < 20 and r["n_docs"] == (10 if r["text"] == "book" else 5) and 0 < r["ids_learned_10"] <= r["ids_learned"] <= 1
+    assert "| book, depth 1, 0.0005 |" in capsys.readouterr().out
+    out.write_text(study.json.dumps(dict(rows=rows[:4])), encoding="utf-8")
+    study.main()
+    assert len(re.findall("^seed ", capsys.readouterr().out, re.M)) == 2  # only what was missing
+    assert study.json.loads(out.read_text(encoding="utf-8"))["rows"] == rows

@@ -132,6 +132,19 @@ def test_the_attention_explorer_follows_its_slider(lab):
     assert report["saw"] == [False, True]
 
 
+# Chapter 04c's playground; the first merge of "abab" makes two tokens of four bytes.
+PLAYGROUND = """from llm_scratch.tokenization import Tokenizer
+from llm_scratch.vocabulary import explore_tokens
+explore_tokens(Tokenizer([(97, 98), (256, 256)]), "abab <b>x</b> 🍮")"""
+
+
+def test_the_tokenizer_playground_plays_the_merges(lab):
+    write(lab.folder/"playground.ipynb", PLAYGROUND)
+    report = lab("playground.ipynb", "--presses", "2", "--until", "merge 2 of 2")
+    assert report["problems"] == [] and failures(report["cells"]) == []
+    assert report["saw"] == [False, True]
+
+
 def test_what_is_wrong_is_seen(lab):
     "An address elsewhere, a cell that fails, one after it that never runs."
     _, wrong, after = write(lab.folder/"wrong.ipynb", "from IPython.display import HTML\nHTML('<img src=\"https://example.org/x.png\">')", "1/0", "2")

@@ -34,6 +34,8 @@ MAY_IMPORT = {
     "tokenization": {"core"},
     "wordpiece": {"core", "tokenization"},
     "fastbpe": {"core", "tokenization"},
+    "vocabulary": {"core", "data", "tokenization"},  # data fetches the tokenizers of others
+    "packing": set(),
     "pretraining": {"core"},
     "evaluation": {"core"},
     "pipeline": {"core", "architecture", "generation", "interchange", "llamacpp", "data", "sources", "cleaning", "privacy", "curation", "duplicates", "tokenization", "fastbpe", "pretraining", "evaluation"},

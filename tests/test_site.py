@@ -127,7 +127,7 @@ def test_a_reader_in_chromium(site):
     report = read_in_chromium(site, "--search", "nucleus=generation.html")
     assert report["problems"] == []
     assert report["pages"] == len(list(site.glob("*.html"))) and report["formulas"] > 20
-    assert report["followers"] == ["inside.html"]  # the explorer's picture follows its slider, with no Python behind it
+    assert report["followers"] == ["inside.html", "vocabulary.html"]  # the explorers' pictures follow their sliders, with no Python behind them
 
 
 def test_the_explorer_is_on_its_page(site):
@@ -138,6 +138,18 @@ def test_the_explorer_is_on_its_page(site):
     pictures = [m["state"]["value"] for m in state if m["model_name"] == "HTMLModel"]
     assert sorted(re.match("<div>(.*?)</div><svg", p)[1] for p in pictures) == [f"layer {n}, head {h}" for n in range(2) for h in range(2)]
     assert sum(m["model_name"] == "LinkModel" for m in state) == 3
+
+
+def test_the_playground_is_on_its_page(site):
+    "Every chunk and every merge is in the page, escaped, and linked to the two sliders."
+    text = (site/"vocabulary.html").read_text(encoding="utf-8")
+    assert text.count('type="application/vnd.jupyter.widget-view+json"') == 1
+    state = json.loads(re.search(r'<script type="application/vnd.jupyter.widget-state\+json">(.*?)</script>', text, re.S)[1])["state"].values()
+    shown = [m["state"]["value"] for m in state if m["model_name"] == "HTMLModel"]
+    chunks, played = [p for p in shown if "bytes per token" in p], [re.match(r"<div>merge (\d+) of (\d+)</div>", p) for p in shown if "bytes per token" not in p]
+    assert len(chunks) > 3 and all("&lt;" in p and "<b>" not in p for p in chunks)
+    assert len(played) == sum(int(m[2])+1 for m in played if m[1] == "0")
+    assert sum(m["model_name"] == "LinkModel" for m in state) == len(chunks)+1
 
 
 # --- a book made up for what the real one may not have --------------------------------------------------------------
