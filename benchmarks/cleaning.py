@@ -21,7 +21,15 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT)) # this checkout, whichever is installed
 from llm_scratch.cleaning import full_stages, fragment_text, html_work, listed_words, main_text, quality_texts, train_quality  # noqa: E402
 from llm_scratch.data import Document, read_source  # noqa: E402
+from llm_scratch.duplicates import Decontaminate, signatures, text_keys  # noqa: E402
+from llm_scratch.privacy import RedactPII  # noqa: E402
 from llm_scratch.sources import Drop, stage_name  # noqa: E402
+
+class Fingerprint:
+    "What chapter 03f computes for each document that is left, to find copies; of one at a time, which is slower than of many."
+    def __call__(self, doc:Document)->Document:
+        text_keys([doc.text]); signatures([doc.text])
+        return doc
 
 def size(texts:list[str])->float: return sum(len(t.encode("utf-8")) for t in texts)/1e6 # MB
 
@@ -54,7 +62,8 @@ def main()->None:
     n,rounds,rng = (40, 1, random.Random(0)) if args.tiny else (1000, 5, random.Random(0))
     prose = [d for name in ("encyclopaedia", "wikipedia", "recipes") for d in rng.sample(list(read_source(name)), n)]
     manuals = rng.sample(list(read_source("manuals")), 3*n)
-    stages = full_stages(train_quality(*quality_texts(max(60, n//2))), listed_words())
+    evaluation = [d.text for d in rng.sample(list(read_source("wikipedia")), n)] # stands for the texts of a benchmark
+    stages = [*full_stages(train_quality(*quality_texts(max(60, n//2))), listed_words()), Decontaminate.against(dict(evaluation=evaluation)), RedactPII(), Fingerprint()]
     text = [new for d in manuals if not isinstance(new := stages[0](d), Drop)]
     jobs = {"FromHtml, manuals":(stages[0], manuals, size([d.text for d in manuals]))}
     for stage in stages[1:]:

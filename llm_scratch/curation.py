@@ -10,6 +10,7 @@ __all__ = ['chunks', 'is_text', 'write_part', 'clean_parts', 'merge_parts', 'cur
 import json
 import os
 import shutil
+import signal
 import threading
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
@@ -24,9 +25,9 @@ import numpy as np
 
 from .cleaning import plot_waterfall
 from .core import UserError, atomic_path, check_seal, read_json, seal, write_json
-from .data import SOURCES, Document, credit
+from .data import Document, credit
 from .duplicates import MinHashing, duplicate_of, signatures, stack_arrays, text_keys
-from .sources import Drop, Report, Stage, Stream, Tally, apply_stages, stage_name
+from .sources import HUB, Drop, Report, Stage, Stream, Tally, apply_stages, stage_name
 
 # %% ../nbs/03f_curation.ipynb #f1chunks
 def chunks(
@@ -93,8 +94,9 @@ def write_part(
         write_json(new/"report.json", dict(state=state, report=report.to_rows(), facts=[[*k, n] for k,n in facts.items()], unread=unread))
 
 # %% ../nbs/03f_curation.ipynb #f3worker
-def _leave_with_parent()->None:
-    "End this process when the one that started it ends, be it by a kill."
+def _serve_parent()->None:
+    "In a worker: leave Ctrl-C to the parent, and end when it ends, be it by a kill."
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
     threading.Thread(target=lambda: (parent_process().join(), os._exit(1)), daemon=True).start()
 
 def _jobs(stream:Stream, parts:Path, part_docs:int)->Iterator[tuple[list, Path, dict]]:
@@ -136,9 +138,10 @@ def clean_parts(
     if workers == 1:
         for job in jobs: write_part(*job)
         return
-    with ProcessPoolExecutor(workers, get_context("spawn"), _leave_with_parent) as pool:
-        try: _work(jobs, pool, 2*workers)
-        except BrokenProcessPool: raise UserError(f"a worker was killed, maybe for want of memory: run the same again, with fewer workers than {workers}; the parts in {parts} are kept") from None
+    pool = ProcessPoolExecutor(workers, get_context("spawn"), _serve_parent)
+    try: _work(jobs, pool, 2*workers)
+    except BrokenProcessPool: raise UserError(f"a worker was killed, maybe for want of memory: run the same again, with fewer workers than {workers}; the parts in {parts} are kept") from None
+    finally: pool.shutdown(cancel_futures=True)
 
 # %% ../nbs/03f_curation.ipynb #f4arrays
 def _read_documents(path:Path)->Iterator[Document]:
@@ -206,9 +209,13 @@ def curation_card(
     lines += _table(["stage", "documents", "for example"], [(stage, t.n_docs, t.examples[0]) for stage,t in _changes(report).items()])
     lines += ["## What the text is", "", *_table(["", "", "documents or places, copies among them"], [(kind, value, n) for (kind,value),n in sorted(facts.items()) if kind in ("language", "private")]),
               "Where private details were replaced: names and street addresses were not, no pattern finds them.", ""]
-    lines += ["![Lengths before and after](lengths.svg)", "", "## Licences and attribution", "", *(credit(s) for s,*_ in rows), ""]
+    lines += ["![Lengths before and after](lengths.svg)", "", "## Licences and attribution", "", *(_credit(s) for s,*_ in rows), ""]
     lines += ["## Made by", "", *(f"{i}. `{describe_stage(s)}`" for i,s in enumerate(stages, 1)), "", f"llm_scratch {__version__}; the checksums of all files are in `manifest.json`.", ""]
     return "\n".join(lines)
+
+def _credit(name:str)->str:
+    recipe = HUB.get(name.removeprefix("hub:")) if name.startswith("hub:") else None
+    return credit(name) if recipe is None else f"- **{name}**: {recipe.path} of the Hugging Face Hub. Text: {recipe.licence}. By: {recipe.attribution}."
 
 def _dropped(report:Report)->list[str]:
     return _table(["stage", "reason", "documents", "MB", "for example"], [(stage, why, t.n_docs, t.n_bytes/1e6, t.examples[0]) for (stage,why),t in sorted(report.drops().items(), key=lambda row: -row[1].n_docs)])
@@ -299,7 +306,9 @@ def curate(
     "Clean a stream, drop its copies, and write what is left with a card; killed at any moment, the same call goes on."
     folder,stages = Path(folder),tuple(stages)
     _begin(folder, dict(source=stream.name, stages=[describe_stage(s) for s in stages], hashing=repr(hashing), part_docs=part_docs))
-    if (folder/"curated").exists(): return folder/"curated"
+    if (folder/"curated").exists():
+        shutil.rmtree(folder/"parts", ignore_errors=True) # killed between the last two lines
+        return folder/"curated"
     clean_parts(stream, stages, folder/"parts", hashing=hashing, part_docs=part_docs, workers=workers, watch=watch)
     finish(folder, stages, hashing)
     return folder/"curated"

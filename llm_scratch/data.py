@@ -319,7 +319,7 @@ def credit(
 )->str: # a line of Markdown
     "Whose text it is."
     if name == "tiny": return f"- **{name}**: written for this book; Apache-2.0."
-    if name not in SOURCES: return f"- **{name}**: yours; nothing is known of its licence."
+    if name not in SOURCES: return f"- **{name}**: {'a dataset of the Hugging Face Hub, under the licence that its card states' if name.startswith('hub:') else 'yours; nothing is known of its licence'}."
     s = SOURCES[name]
     return f"- **{name}**: {s.content}. Text: {s.licence}. By: {s.attribution}. Read from the package `{s.package}` {s.version}."
 

@@ -137,3 +137,15 @@ def test_the_vocabulary_study_goes_on_where_it_was(tmp_path, monkeypatch, capsys
     study.main()
     assert len(re.findall("^seed ", capsys.readouterr().out, re.M)) == 2  # only what was missing
     assert study.json.loads(out.read_text(encoding="utf-8"))["rows"] == rows
+
+
+# --- the stages of cleaning ---------------------------------------------------------------------------------------
+
+def test_every_stage_of_cleaning_has_its_row():
+    for package in ("resiliparse", "trafilatura", "ftfy", "py3langid"): pytest.importorskip(package)
+    done = subprocess.run([sys.executable, SCRIPT.with_name("cleaning.py"), "--tiny"], capture_output=True, text=True, encoding="utf-8", timeout=200, check=False)
+    assert done.returncode == 0, done.stderr
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in done.stdout.splitlines() if line.startswith("| ") and "MB/s" not in line]
+    stages = {name.partition(",")[0] for name, *_ in rows}
+    assert {"FromHtml", "repair_unicode", "GopherRules", "RepetitionRules", "C4Rules", "KeepLanguages", "QualityFilter", "WordFilter", "Decontaminate", "RedactPII", "Fingerprint", "resiliparse", "trafilatura"} <= stages
+    assert all(float(speed) > 0 and float(mb) > 0 for _, mb, speed, _ in rows)

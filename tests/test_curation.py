@@ -242,3 +242,29 @@ def test_a_heap_of_bad_files_ends_well(tmp_path):
     for name in ("a.jsonl", "b.jsonl.gz", "c.txt", "d.parquet", "g.warc.gz", "h.jsonl"): assert any(name in line for line in unread), name
     texts = [r[0].strip() for r in rows(folder)]
     assert "A text that is as good as any other." in texts and json.loads(good)["text"] in texts
+
+
+def test_a_missing_package_ends_the_run_and_is_no_fault_of_the_documents(tmp_path):
+    with pytest.raises(UserError, match="llm_scratch\\[data\\]"): curate(ListStream("toy", [doc(1)]), [lacks_a_package], tmp_path/"run", hashing=HASHING)
+
+
+def lacks_a_package(doc): raise UserError("run `pip install 'llm_scratch[data]'`")
+
+
+def test_the_credit_of_a_hub_dataset_is_its_recipe(tmp_path):
+    folder = curate(ListStream("hub:c4", [doc(i, source="hub:c4") for i in range(3)]), [], tmp_path/"run", hashing=HASHING)
+    assert "allenai/c4" in (folder/"data_card.md").read_text() and "ODC-BY" in (folder/"data_card.md").read_text()
+
+
+def test_ctrl_c_is_one_line_and_the_same_command_goes_on(tmp_path):
+    "Through the command line, with workers: nothing of theirs on the terminal, what is done stays."
+    import signal
+    command = [sys.executable, "-m", "llm_scratch", "data", "--preset", "tiny", "--sources", "manuals", "--clean", "basic", "--workers", "2", "--run", tmp_path/"run"]
+    env = os.environ | dict(PYTHONPATH=str(ROOT), OMP_NUM_THREADS="1", COLUMNS="200")
+    child = subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    parts = tmp_path/"run"/"curation"/"parts"
+    while child.poll() is None and len(list(parts.glob("[0-9]*"))) < 3: time.sleep(.02)
+    os.killpg(child.pid, signal.SIGINT)  # as a terminal does: to all of them
+    out, err = child.communicate(timeout=60)
+    assert child.returncode == 130 and out == "" and err.strip() == "llm-scratch: stopped; the same command goes on from here", err
+    assert len(list(parts.glob("[0-9]*"))) >= 3 and not (tmp_path/"run"/"curation"/"curated").exists()
