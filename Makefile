@@ -19,8 +19,10 @@ lab: $(VENV)/.development ## the chapters in JupyterLab, on 127.0.0.1
 docs: $(VENV)/.development ## the site, into _docs
 	$(BIN)/python docs/build.py $(ARGS)
 
-bench: $(VENV)/.development ## side by side with other libraries, one table
+bench: $(VENV)/.development ## side by side with other libraries, and the stages of cleaning
 	$(BIN)/python benchmarks/run.py $(ARGS)
+	$(BIN)/python benchmarks/duplicates.py
+	$(BIN)/python benchmarks/cleaning.py
 
 browser: ## what the browser tests need, where this machine lets us
 	@sh docs/browser.sh
