@@ -3,6 +3,7 @@ import random
 import subprocess
 import sys
 from collections import Counter
+from itertools import product
 from pathlib import Path
 
 import numpy as np
@@ -228,3 +229,11 @@ def test_the_module_can_be_imported_without_numba():
     code = "import sys; sys.modules['numba'] = None\nfrom llm_scratch import fastbpe\nfrom llm_scratch.tokenization import Tokenizer\nt = Tokenizer([(97, 98)])\nprint(fastbpe.best_tokenizer(t) is t)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=False, cwd=Path(__file__).resolve().parent.parent)
     assert done.stdout.strip() == "True", done.stderr
+
+
+@compiled
+def test_every_short_word_after_an_apostrophe():
+    "Which of them are endings of English is a matter of two letters, in both cases."
+    for letters in product("lvresdmtLVESx ", repeat=3):
+        text = f"I'{''.join(letters)}"
+        assert split_fast(text) == SPLIT(text), text
