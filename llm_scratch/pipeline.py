@@ -540,7 +540,8 @@ def _with_text(preset:Preset, sources:str|None, clean:str|None, keep_out:str|Non
     level = clean or ("basic" if is_stream else "off")
     if level not in CLEANING: raise UserError(f"there is no cleaning {level}: give one of {', '.join(CLEANING)}")
     if level == "off" and is_stream: raise UserError(f"{', '.join(n for n in (*names, *kept_out) if n not in SOURCES) or 'what is kept out'} must be read as a stream: give --clean basic or full")
-    for each in filter(None, (names, kept_out)): open_streams(each) # or says what is wrong with a name
+    open_streams(names) # or says what is wrong with a name
+    if kept_out: open_streams(kept_out)
     return replace(preset, sources=names, cleaning=level, keep_out=kept_out)
 
 def _console():

@@ -17,6 +17,7 @@ from typer.testing import CliRunner
 from llm_scratch import pipeline
 from llm_scratch.architecture import Decoder, init_weights, load_model
 from llm_scratch.core import sha256_file
+from llm_scratch.data import tiny_corpus
 from llm_scratch.pipeline import PRESETS, app, cpu, decoder_config, open_run, prepare_documents, prepare_tokens, pretrain, read_log, start_run, write_texts
 from llm_scratch.tokenization import load_tokenizer
 
@@ -301,3 +302,66 @@ def test_the_command_explains_itself():
     for command in ([Path(sys.executable).with_name("llm-scratch")], [sys.executable, "-m", "llm_scratch"]):
         done = subprocess.run([*command, "--help"], cwd="/", capture_output=True, text=True, timeout=100, env=os.environ | dict(COLUMNS="200"))
         assert done.returncode == 0 and all(verb in done.stdout for verb in ("data", "tokenize", "pretrain", "evaluate", "generate", "chat", "doctor", "run"))
+
+
+# --- text of one's own --------------------------------------------------------------------------------------------------
+
+@pytest.fixture
+def mine(tmp_path):
+    "A folder as people have them: lines of JSON, a page, a copy, and a broken file."
+    folder = tmp_path/"my texts"
+    folder.mkdir()
+    texts = tiny_corpus()["text"][:]
+    (folder/"notes.jsonl").write_text("".join(json.dumps(dict(text=t)) + "\n" for t in [*texts[:16], texts[0]]) + "half a li", encoding="utf-8")
+    for i, t in enumerate(texts[16:]): (folder/f"{i}.html").write_text("<p>" + t.replace("\n", "</p>\n<p>") + "</p>", encoding="utf-8")
+    return folder
+
+
+def test_a_folder_becomes_a_run_and_the_run_remembers_it(mine, tmp_path):
+    status, out, err = call("data", "--preset", "tiny", "--sources", mine, "--run", tmp_path/"run")
+    assert status == 0, err
+    preset = json.loads((tmp_path/"run"/"run.json").read_text())["preset"]
+    assert (preset["sources"], preset["cleaning"], preset["keep_out"]) == ([str(mine)], "basic", [])
+    assert "notes.jsonl/18: no JSON" in (tmp_path/"run"/"curation"/"curated"/"unread.txt").read_text()
+    card = (tmp_path/"run"/"documents"/"data_card.md").read_text(encoding="utf-8")
+    assert "| duplicates | exact copy | 1 |" in card and "**my texts**: yours" in card
+    before = tree(tmp_path/"run")
+    for again in ([], ["--sources", mine]): assert call("data", "--run", tmp_path/"run", *again)[0] == 0 and tree(tmp_path/"run") == before
+    for other, told in ((["--sources", "tiny"], "sources="), (["--clean", "full"], "cleaning=basic, not cleaning=full")):
+        status, _, err = call("data", "--run", tmp_path/"run", *other)
+        assert status == 2 and told in err and err.count("\n") == 1, err
+    status, out, err = call("run", "--run", tmp_path/"run")
+    assert status == 0 and "bits per byte, my texts" in out and "form of a recipe" not in out, err
+
+
+@pytest.mark.parametrize("options, told", [(["--sources", "soup"], "there is no source soup: give some of recipes"), (["--sources", "tiny,soup"], "there is no source soup"), (["--sources", ","], "no source is given"),
+    (["--sources", "MINE", "--clean", "off"], "must be read as a stream: give --clean basic or full"), (["--sources", "tiny", "--clean", "very"], "there is no cleaning very: give one of off, basic, full"),
+    (["--keep-out", "MINE", "--clean", "off"], "must be read as a stream"), (["--keep-out", "soup"], "there is no source soup"), (["--sources", "hub:soup"], "there is no source hub:soup")])
+def test_text_that_can_not_be_had_is_told_before_anything_is_made(mine, tmp_path, options, told):
+    status, out, err = call("data", "--preset", "tiny", "--run", tmp_path/"run", *[str(mine) if o == "MINE" else o for o in options])
+    assert status == 2 and told in err and err.count("\n") == 1 and not (tmp_path/"run").exists(), err
+
+
+def test_what_quotes_an_evaluation_is_kept_out(mine, tmp_path):
+    asked = tmp_path/"asked.txt"
+    asked.write_text(tiny_corpus()["text"][5], encoding="utf-8")
+    status, _, err = call("data", "--preset", "tiny", "--sources", mine, "--keep-out", asked, "--run", tmp_path/"run")
+    assert status == 0, err
+    assert "| Decontaminate | quotes " in (tmp_path/"run"/"documents"/"data_card.md").read_text(encoding="utf-8")
+    texts = [t for docs in prepare_documents(open_run(tmp_path/"run")).values() for t in docs["text"]]
+    assert texts and not any("Garlic Bread" in t for t in texts)
+
+
+def test_too_little_text_is_told(tmp_path):
+    (tmp_path/"one.txt").write_text("One text is not enough to hold one back.", encoding="utf-8")
+    status, _, err = call("data", "--preset", "tiny", "--sources", tmp_path/"one.txt", "--run", tmp_path/"run")
+    assert status == 2 and "1 documents are left, too few to hold one of four back" in err and err.count("\n") == 1
+
+
+def test_a_run_of_the_edition_before_opens(finished, tmp_path):
+    "Its run.json knows no cleaning."
+    copy = Path(shutil.copytree(finished, tmp_path/"old"))
+    saved = json.loads((copy/"run.json").read_text())
+    for new in ("cleaning", "keep_out"): del saved["preset"][new]
+    (copy/"run.json").write_text(json.dumps(saved))
+    assert open_run(copy).preset == open_run(finished).preset
