@@ -1,4 +1,5 @@
 "The modules are what the notebooks export, the notebooks are clean and small, and the two files of metadata agree."
+import ast
 import filecmp
 import json
 import os
@@ -106,3 +107,13 @@ runpy.run_path({str(tmp_path/"setup.py")!r})
     assert {"dev", "docs"} <= given["extras_require"].keys() and given["extras_require"]["dev"] == ini["dev_requirements"].split()
     assert given["entry_points"]["console_scripts"] == ["llm-scratch=llm_scratch.__main__:main"]
     assert given["packages"] == ["llm_scratch"]
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)
+def test_a_stub_does_not_stop_run_all(path):
+    "A cell that nbdev skips is run by a reader who runs all; a puzzle's stub defines names and calls nothing, or the cells behind it never run."
+    stubs = [("".join(c["source"]), c["id"]) for c in json.loads(path.read_text(encoding="utf-8"))["cells"] if c["cell_type"] == "code"]
+    for source, name in stubs:
+        if not re.search(r"^#\| eval: false", source, re.M) or re.search(r"^#\| slow", source, re.M): continue
+        called = [n for node in ast.parse(source).body if not isinstance(node, (ast.FunctionDef, ast.ClassDef)) for n in ast.walk(node) if isinstance(n, ast.Call)]
+        assert called == [], f"cell {name} of {path.name}"
