@@ -12,7 +12,6 @@ import os
 if __name__ == "__main__": # before the libraries below start their threads
     os.environ |= dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "RAYON_NUM_THREADS"), "1") | dict(TOKENIZERS_PARALLELISM="false", HF_HUB_OFFLINE="1")
 
-import argparse
 import random
 import re
 import sys
@@ -24,7 +23,7 @@ import numpy as np
 import xxhash
 
 sys.path.insert(0, str(Path(__file__).resolve().parent)) # beside run.py, and in this checkout, whichever is installed
-from run import Pair, machine, measure, require, row  # noqa: E402
+from run import Pair, asked, head, machine, measure, require, row  # noqa: E402
 from llm_scratch.data import load_corpus, shingles, tiny_corpus  # noqa: E402
 from llm_scratch.duplicates import MinHashing, candidate_chance, candidate_pairs, signatures  # noqa: E402
 
@@ -82,13 +81,8 @@ def deduplicating(n:int=10_000, n_words:int=200, sources:tuple[str, ...]=("parab
     yield Pair(work, "rensa, R-MinHash", lambda: ours(texts), lambda: by_rensa(texts), same_duplicates)
 
 def main(argv:list[str]|None=None)->None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=5, metavar="N", help="how often each is timed")
-    parser.add_argument("--tiny", action="store_true", help="a few pages of a few recipes")
-    args = parser.parse_args(argv)
-    if args.rounds < 1: parser.error(f"--rounds {args.rounds} measures nothing: give 1 or more")
-    print(f"{machine()}, {', '.join(f'{p} {version(p)}' for p in ('numpy', 'datasketch', 'rensa'))}\n\nCPU-seconds on one thread, median (least–most) of {args.rounds} rounds; a ratio below 1 means that ours needs less.\n")
-    print("| work | peer | ours | peer's | ours / peer's |\n|---|---|---|---|---|", flush=True)
+    args = asked(argv, __doc__, "a few pages of a few recipes")
+    head(f"{machine()}, {', '.join(f'{p} {version(p)}' for p in ('numpy', 'datasketch', 'rensa'))}", args.rounds)
     for pair in deduplicating(60, 15, ()) if args.tiny else deduplicating(): print(row(pair, measure(pair, args.rounds)), flush=True)
 
 if __name__ == "__main__": main()

@@ -262,14 +262,23 @@ def machine()->str:
     bf16 = "with" if re.search(r"\b(avx512_|amx_)?bf16\b", info) else "without"
     return ", ".join([f"{name} ({bf16} bfloat16 instructions)", f"Python {platform.python_version()}", *(f"{p} {version(p)}" for p in ("torch", "tokenizers", "tiktoken", "transformers", "numba", "xllamacpp") if find_spec(p))])
 
-def main(argv:list[str]|None=None)->None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def asked(argv:list[str]|None, about:str, tiny:str)->argparse.Namespace:
+    "What the command line asks for: `rounds` and `tiny`."
+    parser = argparse.ArgumentParser(description=about, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=5, metavar="N", help="how often each is timed")
-    parser.add_argument("--tiny", action="store_true", help="a few recipes and a tiny model")
+    parser.add_argument("--tiny", action="store_true", help=tiny)
     args = parser.parse_args(argv)
     if args.rounds < 1: parser.error(f"--rounds {args.rounds} measures nothing: give 1 or more")
-    print(f"{machine()}\n\nCPU-seconds on {torch.get_num_threads()} thread, median (least–most) of {args.rounds} rounds; a ratio below 1 means that ours needs less.\n")
+    return args
+
+def head(about:str, rounds:int)->None:
+    "What stands above the rows."
+    print(f"{about}\n\nCPU-seconds on {torch.get_num_threads()} thread, median (least–most) of {rounds} rounds; a ratio below 1 means that ours needs less.\n")
     print("| work | peer | ours | peer's | ours / peer's |\n|---|---|---|---|---|", flush=True)
+
+def main(argv:list[str]|None=None)->None:
+    args = asked(argv, __doc__, "a few recipes and a tiny model")
+    head(machine(), args.rounds)
     skipped = []
     for pairs,package in PAIRS.items():
         try:

@@ -242,6 +242,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                   'llm_scratch.data.split_corpus': ('data.html#split_corpus', 'llm_scratch/data.py'),
                                   'llm_scratch.data.tiny_corpus': ('data.html#tiny_corpus', 'llm_scratch/data.py'),
                                   'llm_scratch.data.to_dataset': ('data.html#to_dataset', 'llm_scratch/data.py'),
+                                  'llm_scratch.data.to_documents': ('data.html#to_documents', 'llm_scratch/data.py'),
+                                  'llm_scratch.data.to_table': ('data.html#to_table', 'llm_scratch/data.py'),
                                   'llm_scratch.data.wiki_line': ('data.html#wiki_line', 'llm_scratch/data.py')},
             'llm_scratch.duplicates': { 'llm_scratch.duplicates.Decontaminate': ( 'duplicates.html#decontaminate',
                                                                                   'llm_scratch/duplicates.py'),

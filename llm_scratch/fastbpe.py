@@ -84,6 +84,7 @@ def _white_end(data:np.ndarray, i:int, kinds:np.ndarray)->int:
     if line >= 0: return line
     return last if end < len(data) and last > i else end
 
+# %% ../nbs/04e_fastbpe.ipynb #pe0013s1
 @_leaf
 def _chunk_end(data:np.ndarray, i:int, kinds:np.ndarray)->int:
     "Where the chunk of `PATTERN` ends that begins at `i`."
@@ -109,6 +110,7 @@ def _chunk_end(data:np.ndarray, i:int, kinds:np.ndarray)->int:
     if kind == _OTHER or c == 32 and j < n and next_facts&7 == _OTHER: return _run_end(data, _run_end(data, j, kinds, _OTHER), kinds, _NEWLINE)
     return _white_end(data, i, kinds)
 
+# %% ../nbs/04e_fastbpe.ipynb #pe0013s2
 @_compiled
 def _all_ends(data:np.ndarray, kinds:np.ndarray)->np.ndarray:
     ends,n,i = np.empty(len(data), np.int64),0,0
@@ -297,6 +299,7 @@ def _merge_places(key:int, new:int, ids:np.ndarray, weight:np.ndarray, left:np.n
             _add_place(pairs, slots, new<<32 | ids[after], w, i)
     count[p] = 0
 
+# %% ../nbs/04e_fastbpe.ipynb #pe0030s1
 @_compiled
 def _learn(letters:np.ndarray, starts:np.ndarray, counts:np.ndarray, n_merges:int)->np.ndarray: # `(n, 2)`
     "Chapter 04's trainer, for words with weights."
@@ -327,6 +330,7 @@ def _learn(letters:np.ndarray, starts:np.ndarray, counts:np.ndarray, n_merges:in
         m += 1
     return merges[:m]
 
+# %% ../nbs/04e_fastbpe.ipynb #pe0030s2
 def train_merges_fast(
     texts:Iterable[str], # to learn from
     n_merges:int, # how many new tokens
@@ -363,6 +367,7 @@ def _merge_word(data:np.ndarray, a:int, b:int, keys:np.ndarray, ranks:np.ndarray
         n,i = n+1,right[i]
     return n
 
+# %% ../nbs/04e_fastbpe.ipynb #pe0034s1
 @_compiled
 def _encode(data:np.ndarray, kinds:np.ndarray, keys:np.ndarray, ranks:np.ndarray, slots:np.ndarray, letters:np.ndarray, starts:np.ndarray,
             id_starts:np.ndarray, known_ids:np.ndarray, n_words:np.ndarray, out:np.ndarray)->int: # how many ids are in `out`

@@ -519,6 +519,7 @@ _CleanOption = Annotated[str, typer.Option("--clean", help=f"{', '.join(CLEANING
 _KeepOutOption = Annotated[str, typer.Option("--keep-out", help="texts of an evaluation, like --sources: documents that quote them are dropped", show_default="none")]
 _WorkersOption = Annotated[int, typer.Option("--workers", help="processes that clean", min=1)]
 
+# %% ../nbs/12_pipeline.ipynb #0dbd84s1
 def _begin(folder:Path|None, preset:str|None, depth:int|None, seed:int|None, sources:str|None=None, clean:str|None=None, keep_out:str|None=None)->Run:
     "The run that the options mean; what they leave open is as the run has it."
     folder = folder or Path("runs")/(preset or "cpu")
@@ -544,6 +545,7 @@ def _with_text(preset:Preset, sources:str|None, clean:str|None, keep_out:str|Non
     if kept_out: open_streams(kept_out)
     return replace(preset, sources=names, cleaning=level, keep_out=kept_out)
 
+# %% ../nbs/12_pipeline.ipynb #0dbd84s2
 def _console():
     from rich.console import Console
     return Console(stderr=True, highlight=False, markup=False) # a folder may have brackets in its name

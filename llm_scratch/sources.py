@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
 from .core import UserError
-from .data import SOURCES, Document, Entry, read_source, tiny_corpus
+from .data import SOURCES, Document, Entry, read_source, tiny_corpus, to_documents
 
 # %% ../nbs/03a_sources.ipynb #768f66f8
 class Drop(NamedTuple):
@@ -53,6 +53,7 @@ class Tally(NamedTuple):
     def __add__(self, other:"Tally")->"Tally":
         return Tally(self.n_docs+other.n_docs, self.n_bytes+other.n_bytes, (self.examples+other.examples)[:N_EXAMPLES])
 
+# %% ../nbs/03a_sources.ipynb #b7bef0s1
 @dataclass
 class Report:
     "What became of documents: a tally for each stage, outcome and source."
@@ -518,7 +519,7 @@ class MixStream(Stream):
             yield dict(places=places.copy(), given=given.copy()), item
 
 # %% ../nbs/03a_sources.ipynb #s3d0ba47
-def _tiny()->ListStream: return ListStream("tiny", [Document(**row | dict(meta=json.loads(row["meta"]))) for row in tiny_corpus()])
+def _tiny()->ListStream: return ListStream("tiny", to_documents(tiny_corpus()))
 
 def _open_stream(name:str)->Stream:
     if name in SOURCES: return PinnedStream(name)

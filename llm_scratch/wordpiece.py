@@ -62,6 +62,7 @@ def _fused(pieces:list[str], pair:tuple[str, str])->list[str]:
         i += 2 if hit else 1
     return out
 
+# %% ../nbs/04b_wordpiece.ipynb #t04b01s1
 def train_pieces(
     texts:Iterable[str], # to learn from
     n_pieces:int, # how many in all, with the single characters
@@ -265,6 +266,7 @@ class UnigramTokenizer(PieceTokenizer):
         return dict(version="1.0", truncation=None, padding=None, added_tokens=self._added(), normalizer=None, pre_tokenizer=space, post_processor=None, decoder=space,
                     model=dict(type="Unigram", unk_id=self.unk_id, vocab=[[p, s] for p,s in self.scores], byte_fallback=False))
 
+# %% ../nbs/04b_wordpiece.ipynb #t04b04s1
 def train_unigram(
     texts:Iterable[str], # to learn from
     vocab_size:int, # `V`: `[UNK]`, pieces, and the special tokens

@@ -130,11 +130,16 @@ def test_a_reader_in_chromium(site):
     assert report["followers"] == ["inside.html", "vocabulary.html"]  # the explorers' pictures follow their sliders, with no Python behind them
 
 
+def widgets(page:Path)->list[dict]:
+    "The widgets that a page has stored, of which it shows one."
+    text = page.read_text(encoding="utf-8")
+    assert text.count('type="application/vnd.jupyter.widget-view+json"') == 1
+    return list(json.loads(re.search(r'<script type="application/vnd.jupyter.widget-state\+json">(.*?)</script>', text, re.S)[1])["state"].values())
+
+
 def test_the_explorer_is_on_its_page(site):
     "Every picture is in the page, the first of them shown, and links between sliders and pictures."
-    text = (site/"inside.html").read_text(encoding="utf-8")
-    assert text.count('type="application/vnd.jupyter.widget-view+json"') == 1
-    state = json.loads(re.search(r'<script type="application/vnd.jupyter.widget-state\+json">(.*?)</script>', text, re.S)[1])["state"].values()
+    state = widgets(site/"inside.html")
     pictures = [m["state"]["value"] for m in state if m["model_name"] == "HTMLModel"]
     assert sorted(re.match("<div>(.*?)</div><svg", p)[1] for p in pictures) == [f"layer {n}, head {h}" for n in range(2) for h in range(2)]
     assert sum(m["model_name"] == "LinkModel" for m in state) == 3
@@ -142,9 +147,7 @@ def test_the_explorer_is_on_its_page(site):
 
 def test_the_playground_is_on_its_page(site):
     "Every chunk and every merge is in the page, escaped, and linked to the two sliders."
-    text = (site/"vocabulary.html").read_text(encoding="utf-8")
-    assert text.count('type="application/vnd.jupyter.widget-view+json"') == 1
-    state = json.loads(re.search(r'<script type="application/vnd.jupyter.widget-state\+json">(.*?)</script>', text, re.S)[1])["state"].values()
+    state = widgets(site/"vocabulary.html")
     shown = [m["state"]["value"] for m in state if m["model_name"] == "HTMLModel"]
     chunks, played = [p for p in shown if "bytes per token" in p], [re.match(r"<div>merge (\d+) of (\d+)</div>", p) for p in shown if "bytes per token" not in p]
     assert len(chunks) > 3 and all("&lt;" in p and "<b>" not in p for p in chunks)
