@@ -23,6 +23,7 @@ bench: $(VENV)/.development ## side by side with other libraries, and the stages
 	$(BIN)/python benchmarks/run.py $(ARGS)
 	$(BIN)/python benchmarks/duplicates.py
 	$(BIN)/python benchmarks/cleaning.py
+	$(BIN)/python benchmarks/trainers.py
 
 browser: ## what the browser tests need, where this machine lets us
 	@sh docs/browser.sh

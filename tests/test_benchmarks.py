@@ -149,3 +149,10 @@ def test_every_stage_of_cleaning_has_its_row():
     stages = {name.partition(",")[0] for name, *_ in rows}
     assert {"FromHtml", "repair_unicode", "GopherRules", "RepetitionRules", "C4Rules", "KeepLanguages", "QualityFilter", "WordFilter", "Decontaminate", "RedactPII", "Fingerprint", "resiliparse", "trafilatura"} <= stages
     assert all(float(speed) > 0 and float(mb) > 0 for _, mb, speed, _ in rows)
+
+
+def test_the_trainers_of_the_lesson_have_their_rows():
+    pytest.importorskip("numba")
+    done = subprocess.run([sys.executable, SCRIPT.with_name("trainers.py"), "--texts", "5", "--merges", "20", "--rounds", "1"], capture_output=True, text=True, encoding="utf-8", timeout=200, check=False)
+    assert done.returncode == 0, done.stderr
+    assert re.findall(r"^\| (\w+) \| [\d.e-]+ \| [\d,]+ times", done.stdout, re.M) == ["naive", "counted", "indexed", "compiled"]
