@@ -2,15 +2,15 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN = $(VENV)/bin
-PIP = $(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt
+PIP = DS_BUILD_OPS=0 $(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt
 
-.PHONY: run test lab docs bench browser clean
+.PHONY: run test lab docs bench machine clean
 .DEFAULT_GOAL := run
 
 run: $(VENV)/.library ## train a model from scratch and write its scorecard, about ten minutes
 	$(BIN)/llm-scratch run --preset cpu $(ARGS)
 
-test: $(VENV)/.development browser ## every chapter, every test, the site
+test: $(VENV)/.development machine ## every chapter, every test, the site, two hosts
 	HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false $(BIN)/python -m pytest $(ARGS)
 
 lab: $(VENV)/.development ## the chapters in JupyterLab, on 127.0.0.1
@@ -25,8 +25,8 @@ bench: $(VENV)/.development ## side by side with other libraries, and the stages
 	$(BIN)/python benchmarks/cleaning.py
 	$(BIN)/python benchmarks/trainers.py
 
-browser: ## what the browser tests need, where this machine lets us
-	@sh docs/browser.sh
+machine: ## what tests need beside Python: a browser, ssh, Prometheus, where this machine lets us
+	@sh tests/machine.sh
 
 clean: ## what the commands made, but for the runs
 	rm -rf $(VENV) _docs docs/node_modules build dist *.egg-info .pytest_cache .hypothesis
@@ -40,5 +40,5 @@ $(VENV)/.library: $(VENV)/bin/python settings.ini setup.py pyproject.toml constr
 	@touch $@
 
 $(VENV)/.development: $(VENV)/bin/python settings.ini setup.py pyproject.toml constraints.txt
-	$(PIP) -e '.[dev,docs,data,interchange,fast]'
+	$(PIP) -e '.[dev,docs,data,distributed,monitor,megatron,interchange,fast]'
 	@touch $@ $(VENV)/.library

@@ -66,7 +66,7 @@ def test_constraints_fit_the_floors():
     ini = ConfigParser(delimiters=["="])
     ini.read(ROOT/"settings.ini", encoding="utf-8")
     pins = {canonicalize_name(r.name): str(r.specifier).removeprefix("==") for line in (ROOT/"constraints.txt").read_text().splitlines() if line and line[0] != "#" for r in [Requirement(line)]}
-    wanted = [Requirement(x) for key in ("requirements", "dev_requirements", "docs_requirements", "interchange_requirements") for x in ini["DEFAULT"][key].split()]
+    wanted = [Requirement(x) for key in ("requirements", "dev_requirements", "docs_requirements", "interchange_requirements", "distributed_requirements", "monitor_requirements", "megatron_requirements") for x in ini["DEFAULT"][key].split()]
     assert [str(r) for r in wanted if canonicalize_name(r.name) not in {*pins, "pip"}] == []
     assert [str(r) for r in wanted if r.name != "pip" and not r.specifier.contains(pins[canonicalize_name(r.name)])] == []
 
