@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['saved', 'latest', 'keep_last', 'keep_last_and_every', 'together', 'agree_over', 'run_lock', 'clear_leftovers',
-           'committed', 'snapshot', 'AsyncSaver']
+           'committed', 'snapshot', 'AsyncSaver', 'power_cuts', 'check_same', 'inventory', 'best_interval']
 
 # %% ../nbs/05c_checkpointing.ipynb #d5340292
 import errno
@@ -16,8 +16,10 @@ import warnings
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
+from itertools import count, product
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
 
@@ -81,7 +83,7 @@ def together(
     try: yield
     except BaseException as e: wrong = e
     try: said = agree("" if wrong is None else _reason(wrong, folder))
-    except Exception as e: raise UserError(f"{what}: another rank is gone ({_reason(e, folder)})") from (wrong or e)
+    except Exception as e: raise UserError(f"{what}: another rank is gone") from (wrong or e)
     if wrong is not None and not isinstance(wrong, Exception): raise wrong
     if said: raise UserError(f"{what}: {said}") from wrong
 
@@ -187,7 +189,7 @@ def committed(
                 if not new.is_dir(): raise UserError(f"{new}, made by rank 0, is not seen here: give a folder that all machines share")
                 yield new
             with all_ranks():
-                for part in new.rglob("*"): _sync(part) # each machine its own files
+                for part in new.rglob("*") if rank else (): _sync(part) # each machine its own files; rank 0 does so when it commits
             with all_ranks():
                 if rank == 0: _commit(new, path); _prune(folder, step, keep)
         except BaseException:
@@ -227,3 +229,131 @@ class AsyncSaver:
         "Wait for the last save; raise what went wrong with it."
         try: self.wait()
         finally: self._pool.shutdown()
+
+# %% ../nbs/05c_checkpointing.ipynb #05dca881
+def _look(folder:Path)->tuple[dict[tuple[int, str], int], dict[int, bytes]]:
+    "What the process sees: `(folder's inode, name)` to inode, and the bytes of every file."
+    entries,data = {},{}
+    for p in folder.rglob("*"):
+        entries[p.parent.stat().st_ino,p.name] = p.stat().st_ino
+        if p.is_file(): data[p.stat().st_ino] = p.read_bytes()
+    return entries,data
+
+class _Tape:
+    "Everything that is asked of the disk below a folder, in order: `(name, ...)` changes, `data` and `sync`."
+    def __init__(self, folder:Path):
+        self.folder,self.asked,self.ids,self.entries,self.data,self.n = folder,[],{},{},{},count()
+        self.ids[folder.stat().st_ino] = self.root = next(self.n)
+        self.scan()
+        self.asked += [("sync", i) for i in self.ids.values()]
+        self.start = len(self.asked)
+
+    def scan(self)->None:
+        "Note what has changed since the last look."
+        entries,data = _look(self.folder)
+        alive = {self.folder.stat().st_ino, *entries.values()}
+        self.ids = {inode:i for inode,i in self.ids.items() if inode in alive} # a number may be used anew
+        for inode in entries.values(): self.ids[inode] = self.ids[inode] if inode in self.ids else next(self.n)
+        now = {(self.ids[top],name):self.ids[inode] for (top,name),inode in entries.items()}
+        gone = {i:key for key,i in self.entries.items() if key not in now}
+        for key,i in now.items():
+            if self.entries.get(key) == i: continue
+            self.asked.append(("names", {key:i, **({gone.pop(i):None} if i in gone else {})})) # a rename is one change
+        self.asked += [("names", {key:None}) for key in gone.values()]
+        for inode,text in data.items():
+            if self.data.get(i := self.ids[inode]) != text: self.asked.append(("data", i, text)); self.data[i] = text
+        self.entries = now
+
+    def watched(self, call:Callable)->Callable:
+        "`call`, noted down."
+        def noted(*args:Any, **kwargs:Any)->Any:
+            self.scan()
+            result = call(*args, **kwargs)
+            if call.__name__ == "fsync": self.asked.append(("sync", self.ids.get(os.fstat(args[0]).st_ino)))
+            self.scan()
+            return result
+        return noted
+
+# %% ../nbs/05c_checkpointing.ipynb #08423c0f
+def _versions(asked:list[tuple])->dict[int, list[bytes]]:
+    "What each file may hold after a power cut: what was synced, or anything later, or half of it."
+    texts = {}
+    for what,i,*text in asked:
+        if what == "data": texts.setdefault(i, []).extend((b"", text[0][:len(text[0])//2], *text)) # whoever opens to write empties first
+        elif what == "sync" and i in texts: texts[i] = texts[i][-1:]
+    return {i:list(dict.fromkeys(t)) for i,t in texts.items()}
+
+def _trees(asked:list[tuple], root:int)->Iterator[dict[str, bytes|None]]:
+    "Every tree that may be found when the power goes after `asked`."
+    synced = {i:k for k,(what,i,*_) in enumerate(asked) if what == "sync"}
+    names = [(changes, any(synced.get(top, -1) > k for top,_ in changes)) for k,(what,changes,*_) in enumerate(asked) if what == "names"]
+    texts = _versions(asked)
+    for kept in product(*[(True,) if sure else (False, True) for _,sure in names]):
+        entries = {}
+        for (changes,_),keep in zip(names, kept): entries |= changes if keep else {}
+        paths,todo = {},[(root, "")]
+        while todo:
+            top,at = todo.pop()
+            for (parent,name),i in entries.items():
+                if parent == top and i is not None: paths[at+name] = i; todo.append((i, f"{at}{name}/"))
+        files = {p:texts[i] if i in texts else [None] for p,i in paths.items()}
+        for found in product(*files.values()): yield dict(zip(files, found))
+
+def power_cuts(
+    folder:str|Path, # exists; what is in it now is on the disk
+    do:Callable[[], Any], # writes, syncs and renames below `folder`; is run once
+)->Iterator[tuple[bool, dict[str, bytes|None]]]: # whether `do` had returned, and the tree that is found: path to content, None for a folder
+    "Every tree that a power cut during or after `do` may leave on a disk that promises no more than POSIX; each once."
+    tape = _Tape(Path(folder))
+    with ExitStack() as patched:
+        for name in ("fsync", "rename", "replace", "unlink", "rmdir"): patched.enter_context(patch.object(os, name, tape.watched(getattr(os, name))))
+        do()
+    tape.scan()
+    ends = [k for k in range(tape.start, len(tape.asked)) if tape.asked[k][0] == "sync"] + [len(tape.asked)] # between two syncs the last moment has all trees
+    seen = set()
+    for k in ends:
+        for tree,done in product(_trees(tape.asked[:k], tape.root), {False, k == len(tape.asked)}):
+            if (key := (done, frozenset(tree.items()))) not in seen: seen.add(key); yield done,tree
+
+# %% ../nbs/05c_checkpointing.ipynb #b2e8b236
+def _flat(value:Any, name:str="")->dict[str, Any]:
+    "Nested dicts as one: `a.b` to value."
+    if not isinstance(value, dict): return {name:value}
+    return {k:v for key,part in value.items() for k,v in _flat(part, f"{name}.{key}" if name else str(key)).items()}
+
+def check_same(
+    path:Path, # a checkpoint, for the message
+    saved:dict, # what it says that it is of: numbers, words, lists, dicts of these
+    given:dict, # what it should be of
+)->None:
+    "`UserError` that names every difference between what was saved and what is wanted, the first three in full."
+    old,new = _flat(saved),_flat(given)
+    word = lambda d, k: f"{k}={d[k]}" if k in d else f"no {k}"
+    wrong = [f"{word(old, k)}, not {word(new, k)}" for k in dict.fromkeys([*new, *old]) if (k in old, old.get(k)) != (k in new, new.get(k))]
+    if wrong: raise UserError(f"{path} is of a run with {'; '.join(wrong[:3])}{f' and {len(wrong)-3} more' if wrong[3:] else ''}: start this run in a folder of its own")
+
+# %% ../nbs/05c_checkpointing.ipynb #2791172e
+def _what(p:Path)->str:
+    "What an entry of a checkpoint folder is."
+    if p.name == "latest": return "names the checkpoint to go on from"
+    if p.name.endswith(".lock"): return "lock, held by the living only"
+    if p.name[0] == "." and p.suffix in (".saving", ".new", ".old", ".gone"): return "left by a killed save, may be deleted"
+    if not p.name.isdecimal(): return "not ours"
+    try: check_seal(p, "checkpoint", (), "delete it")
+    except UserError as e: return f"damaged, may be deleted: {e}"
+    return "whole"
+
+def inventory(
+    folder:str|Path, # of the checkpoints of one run
+)->list[tuple[str, int, str]]: # name, bytes, and what it is
+    "What stands in a folder of checkpoints; reads every byte to say so."
+    size = lambda p: sum(f.stat().st_size for f in ([p] if p.is_file() else p.rglob("*")) if f.is_file())
+    return [(p.name, size(p), _what(p)) for p in sorted(Path(folder).iterdir())]
+
+# %% ../nbs/05c_checkpointing.ipynb #c6bbd0d3
+def best_interval(
+    save_s:float, # seconds for which a save holds up training
+    failure_s:float, # mean seconds between two failures of the whole machine
+)->float: # seconds of training between two saves
+    "How often to save, so that saving and repeating cost least together (Young 1974)."
+    return (2*save_s*failure_s)**.5
