@@ -15,7 +15,7 @@ import socket
 import warnings
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from itertools import count, product
 from pathlib import Path
 from typing import Any
@@ -68,7 +68,8 @@ def keep_last_and_every(
 # %% ../nbs/05c_checkpointing.ipynb #d16e1682
 def _reason(e:BaseException, folder:Path)->str:
     "Why saving failed, in one line."
-    full = getattr(e, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or "No space left" in str(e) or shutil.disk_usage(folder).free < 2**16
+    disk = next(p for p in (folder, *folder.parents) if p.exists())
+    full = getattr(e, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or "No space left" in str(e) or shutil.disk_usage(disk).free < 2**16
     if full and not isinstance(e, UserError): return f"the disk of {folder} is full, make room or give another folder"
     return str(e) if isinstance(e, UserError) else " ".join(f"{type(e).__name__}: {e}".split())
 
@@ -76,7 +77,7 @@ def _reason(e:BaseException, folder:Path)->str:
 def together(
     agree:Callable[[str], str], # from what is wrong on this rank to what is wrong on any; empty is well
     what:str, # that was tried, begins the line
-    folder:Path, # where; exists
+    folder:Path, # where
 )->Iterator[None]:
     "The block ends well on all ranks, or every rank raises the same line."
     wrong = None
@@ -103,6 +104,7 @@ def agree_over(
 @contextmanager
 def _only(path:Path, rank:int)->Iterator[None]:
     "Hold a lock file together with the ranks of one run: rank 0 comes first and must find it free."
+    path.parent.mkdir(parents=True, exist_ok=True)
     with open(path, "a+", encoding="utf-8") as f:
         try:
             fcntl.flock(f, fcntl.LOCK_NB | (fcntl.LOCK_SH if rank else fcntl.LOCK_EX))
@@ -112,6 +114,7 @@ def _only(path:Path, rank:int)->Iterator[None]:
         except BlockingIOError:
             f.seek(0)
             raise UserError(f"{path.parent} is in use by {f.read() or 'another process'}: wait until that ends, or give another folder") from None
+        except OSError as e: raise UserError(f"the file system of {path.parent} has no locks ({e.strerror}): mount it with them, or give another folder") from e
         yield
 
 @contextmanager
@@ -122,8 +125,7 @@ def run_lock(
     agree:Callable[[str], str]=str, # see `together`; `str` is one process alone
 )->Iterator[None]:
     "Hold a folder for one run as long as the block lasts; `UserError` when another run has it. The lock vanishes with the process."
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
+    folder = Path(folder).absolute()
     with ExitStack() as held:
         for first in (True, False):
             with together(agree, f"cannot run in {folder}", folder):
@@ -143,7 +145,6 @@ def clear_leftovers(
     folder:str|Path, # of the checkpoints of one run; made when missing
 )->list[str]: # the names of what was there
     "Delete what killed saves have left behind; `UserError` while somebody is saving. For rank 0, before the run begins."
-    Path(folder).mkdir(parents=True, exist_ok=True)
     with _only(Path(folder)/".save.lock", 0): return _clear(Path(folder))
 
 # %% ../nbs/05c_checkpointing.ipynb #016ed75c
@@ -177,15 +178,13 @@ def committed(
 )->Iterator[Path]: # a folder in which every rank writes files of its own
     "What all ranks write in the block becomes the checkpoint `folder/STEP` when it ends well on all of them; else every rank raises the same line and nothing is left."
     folder = Path(folder).absolute()
-    folder.mkdir(parents=True, exist_ok=True)
     path = folder/f"{step:06d}"
     new,all_ranks = folder/f".{path.name}.saving",lambda: together(agree, f"{path} was not saved", folder)
     with ExitStack() as held:
         with all_ranks():
             if rank == 0: held.enter_context(_only(folder/".save.lock", rank)); _clear(folder); new.mkdir()
         try:
-            with all_ranks():
-                if rank: held.enter_context(_only(folder/".save.lock", rank))
+            with all_ranks(), _only(folder/".save.lock", rank) if rank else nullcontext(): # given back before the ranks agree, so that the next save finds it free
                 if not new.is_dir(): raise UserError(f"{new}, made by rank 0, is not seen here: give a folder that all machines share")
                 yield new
             with all_ranks():
@@ -312,8 +311,9 @@ def power_cuts(
     ends = [k for k in range(tape.start, len(tape.asked)) if tape.asked[k][0] == "sync"] + [len(tape.asked)] # between two syncs the last moment has all trees
     seen = set()
     for k in ends:
-        for tree,done in product(_trees(tape.asked[:k], tape.root), {False, k == len(tape.asked)}):
-            if (key := (done, frozenset(tree.items()))) not in seen: seen.add(key); yield done,tree
+        for tree in _trees(tape.asked[:k], tape.root):
+            for done in {False, k == len(tape.asked)}:
+                if (key := (done, frozenset(tree.items()))) not in seen: seen.add(key); yield done,tree
 
 # %% ../nbs/05c_checkpointing.ipynb #b2e8b236
 def _flat(value:Any, name:str="")->dict[str, Any]:
