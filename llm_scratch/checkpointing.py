@@ -277,7 +277,7 @@ def latest(
     for path in filter(None, dict.fromkeys([named, *reversed(found.values())])):
         try: check_seal(path, "checkpoint", (), f"delete {path}")
         except UserError as e: wrong.append(str(e)); continue
-        if wrong: warnings.warn(f"{wrong[0]}. Going on from {path}, which is whole", stacklevel=2)
+        if wrong: warnings.warn(f"{'; '.join(wrong)}. Going on from {path}, which is whole", stacklevel=2)
         return path
     raise UserError(f"no checkpoint in {folder} is whole ({wrong[-1]}): move the folder away to begin anew")
 
