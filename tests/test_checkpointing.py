@@ -113,7 +113,7 @@ def test_a_checkpoint_appears_whole_with_every_file_in_its_manifest(tmp_path):
     assert (path.parent/"latest").read_text().strip() == "000012"  # what DeepSpeed's own loader reads, too
 
 
-@pytest.mark.parametrize("e", [OSError(errno.ENOSPC, "No space left on device"), RuntimeError("I/O error: No space left on device (os error 28)"), Oops("x"), KeyboardInterrupt()], ids=repr)
+@pytest.mark.parametrize("e", [OSError(errno.ENOSPC, "No space left on device"), OSError(errno.EDQUOT, "Disk quota exceeded"), RuntimeError("I/O error: No space left on device (os error 28)"), Oops("x"), KeyboardInterrupt()], ids=repr)
 def test_a_failed_block_leaves_the_checkpoint_before(e, tmp_path):
     save(tmp_path, 1)
     with pytest.raises(BaseException) as got:
@@ -123,7 +123,7 @@ def test_a_failed_block_leaves_the_checkpoint_before(e, tmp_path):
     assert names(tmp_path) == ["000001", "latest"] and latest(tmp_path).name == "000001"
     if isinstance(e, KeyboardInterrupt): assert got.value is e
     else: assert isinstance(got.value, UserError) and got.value.__cause__ is e and "000002 was not saved: " in str(got.value) and "\n" not in str(got.value)
-    assert ("full" in str(got.value)) == ("space" in str(e))
+    assert ("full" in str(got.value)) == ("space" in str(e) or "quota" in str(e))
 
 
 def test_nothing_written_is_no_checkpoint(tmp_path):
@@ -382,7 +382,18 @@ def test_every_other_rank_syncs_after_all_have_written(tmp_path):
     assert {(who, name) for who, name, _ in synced} == {("1", "0.bin"), ("1", "1.bin")} and all({"0.bin", "1.bin"} <= set(there) for *_, there in synced)
 
 
-GLOO = "two processes over gloo"
+def test_a_sync_that_fails_on_another_rank_ends_the_save(tmp_path):
+    "The kernel may have dropped the bytes: no second try, and no checkpoint."
+    save(tmp_path, 1)
+    def work(rank, agree):
+        threading.current_thread().name = str(rank)
+        with committed(tmp_path, 2, rank=rank, agree=agree) as new: (new/f"{rank}.bin").write_bytes(b"1")
+    def broken(path):
+        if threading.current_thread().name == "1": time.sleep(.05); raise OSError(errno.EIO, "Input/output error")
+    with patch.object(checkpointing, "_sync", broken): out = Threads(2).run(work)
+    assert {str(e) for e in out} == {f"{tmp_path/'000002'} was not saved: rank 1: OSError: [Errno 5] Input/output error"} and names(tmp_path) == ["000001", "latest"]
+
+
 def gloo_rank(rank, port, folder):
     import torch.distributed as dist
     dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
