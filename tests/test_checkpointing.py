@@ -402,12 +402,12 @@ def gloo_rank(rank, port, folder):
         try:
             with committed(folder/"run", step, rank=rank, agree=agree) as new:
                 save_file(dict(x=torch.full((4,), float(step + rank))), new/f"{rank}.safetensors")
-                if rank == bad: raise OSError(errno.ENOSPC, "No space left on device")
+                if bad in (rank, "all"): raise OSError(errno.ENOSPC, "No space left on device")
                 if bad == 9 and rank: os.kill(os.getpid(), signal.SIGKILL)
             lines.append("saved")
         except UserError as e: lines.append(str(e))
     with run_lock(folder/"run", rank=rank, agree=agree):
-        attempt(2); attempt(4, bad=0); attempt(5, bad=1); attempt(6)
+        attempt(2); attempt(3, bad="all"); attempt(4, bad=0); attempt(5, bad=1); attempt(6)
         (folder/f"{rank}.json").write_text(json.dumps(lines))
         attempt(8, bad=9)
     (folder/"last.json").write_text(json.dumps(lines[-1]))
@@ -421,7 +421,7 @@ def test_two_processes_save_give_up_and_lose_a_rank(tmp_path):
     assert time.monotonic() - start < 60
     zero, one = (json.loads((tmp_path/f"{r}.json").read_text()) for r in (0, 1))
     full = f"the disk of {tmp_path/'run'} is full, make room or give another folder"
-    assert zero == one == ["saved", f"{tmp_path/'run'/'000004'} was not saved: rank 0: {full}", f"{tmp_path/'run'/'000005'} was not saved: rank 1: {full}", "saved"]
+    assert zero == one == ["saved", f"{tmp_path/'run'/'000003'} was not saved: rank 0: {full}", f"{tmp_path/'run'/'000004'} was not saved: rank 0: {full}", f"{tmp_path/'run'/'000005'} was not saved: rank 1: {full}", "saved"]
     assert json.loads((tmp_path/"last.json").read_text()) == f"{tmp_path/'run'/'000008'} was not saved: another rank is gone"
     assert latest(tmp_path/"run").name == "000006" and names(tmp_path/"run") == ["000002", "000006", "latest"]
     assert [load_file(tmp_path/"run"/"000006"/f"{r}.safetensors")["x"][0].item() for r in (0, 1)] == [6, 7]
