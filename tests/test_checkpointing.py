@@ -300,6 +300,20 @@ def test_the_lock_outlives_rank_0_as_long_as_another_rank_lives(tmp_path):
     with run_lock(tmp_path): pass
 
 
+def test_a_rank_that_still_writes_after_the_death_of_rank_0_keeps_the_next_save_out(tmp_path):
+    def hang():
+        with committed(tmp_path, 4, rank=1): (tmp_path/"up").touch(); time.sleep(LIMIT)
+    save(tmp_path, 2)
+    (tmp_path/".000004.saving").mkdir()  # by rank 0, which is dead
+    child = forked(hang)
+    try:
+        until((tmp_path/"up").exists)
+        for second in (lambda: save(tmp_path, 6), lambda: clear_leftovers(tmp_path)):
+            with pytest.raises(UserError, match="is in use by"): second()
+    finally: kill(child)
+    assert clear_leftovers(tmp_path) == [".000004.saving"]
+
+
 def test_a_file_system_without_locks_is_one_line(tmp_path):
     with patch.object(checkpointing.fcntl, "flock", side_effect=OSError(errno.ENOSYS, "Function not implemented")), pytest.raises(UserError, match="has no locks .Function not implemented."):
         save(tmp_path, 1)
@@ -449,7 +463,7 @@ def latest_or_lost(folder):
     except UserError: return "lost"
 
 
-@pytest.mark.filterwarnings("ignore:.*Going on from")
+@pytest.mark.filterwarnings("error")  # the pointer is right on every disk: it never names what is not there
 def test_no_power_cut_costs_a_checkpoint(tmp_path):
     rows = [(done, latest_or_lost(found(tree, tmp_path/str(i)))) for i, (done, tree) in enumerate(saved_third(tmp_path/"run"))]
     assert len(rows) > 100 and set(rows) == {(False, "000004"), (False, "000006"), (True, "000006")}
