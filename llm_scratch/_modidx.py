@@ -369,7 +369,6 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                          'llm_scratch.distributed._serve': ('distributed.html#_serve', 'llm_scratch/distributed.py'),
                                          'llm_scratch.distributed._tell': ('distributed.html#_tell', 'llm_scratch/distributed.py'),
                                          'llm_scratch.distributed._tie': ('distributed.html#_tie', 'llm_scratch/distributed.py'),
-                                         'llm_scratch.distributed._unpack': ('distributed.html#_unpack', 'llm_scratch/distributed.py'),
                                          'llm_scratch.distributed.count_targets': ( 'distributed.html#count_targets',
                                                                                     'llm_scratch/distributed.py'),
                                          'llm_scratch.distributed.cut_axis': ('distributed.html#cut_axis', 'llm_scratch/distributed.py'),

@@ -11,7 +11,6 @@ __all__ = ['RankError', 'Ranks', 'run_ranks', 'Wire', 'tcp_bytes_sent', 'share_o
            'ulysses_attend', 'ring_attend', 'sequence_parallel', 'grid']
 
 # %% ../nbs/05b_distributed.ipynb #45d64536
-import io
 import math
 import multiprocessing
 import os
@@ -59,21 +58,12 @@ def _serve(pipe:Connection)->None:
 
 # %% ../nbs/05b_distributed.ipynb #0f4f2219
 def _pack(value:object)->bytes:
-    "Bytes of a value; a function of a notebook or a script travels with its code, by dill, and a class of this module by name, also from the notebook that defines it."
-    try: import dill
-    except ImportError: return pickle.dumps(value)
-    module = vars(import_module("llm_scratch.distributed"))
-    class Pickler(dill.Pickler):
-        def persistent_id(self, x): return x.__name__ if isinstance(x, type) and x.__module__ == "__main__" and x.__name__ in module else None
-    file = io.BytesIO()
-    Pickler(file, recurse=True).dump(value)
-    return file.getvalue()
+    "Bytes of a value; what a notebook or a script defines travels with its code, what a module defines by name."
+    try: import cloudpickle
+    except ImportError: return pickle.dumps(value) # then by name only
+    return cloudpickle.dumps(value)
 
-def _unpack(packed:bytes)->object:
-    "What `_pack` made bytes of."
-    class Unpickler(pickle.Unpickler): # dill's bytes call dill
-        def persistent_load(self, name): return globals()[name]
-    return Unpickler(io.BytesIO(packed)).load()
+_unpack = pickle.loads # cloudpickle's bytes call cloudpickle
 
 # %% ../nbs/05b_distributed.ipynb #a77b9c47
 class RankError(RuntimeError):
@@ -94,7 +84,7 @@ class Ranks:
         *args:object, # the same arguments
     )->list: # what each rank returned, by rank
         if not self.processes: self.start()
-        return self.ask([(fn, args)]*self.world)
+        return self.ask([_pack((fn, args))]*self.world)
 
     def __enter__(self)->"Ranks": return self
     def __exit__(self, *error:object)->None: self.close()
@@ -102,11 +92,11 @@ class Ranks:
 # %% ../nbs/05b_distributed.ipynb #feabc142
 @patch
 def start(self:Ranks)->None:
-    "Start the processes and let them meet; the second start on a machine is cheap, as ranks are forks of one process that has imported torch."
+    "Start the processes and let them meet; a second start is cheap, as ranks are forks of one process that has imported torch."
     ways = multiprocessing.get_all_start_methods()
     context = multiprocessing.get_context("forkserver" if "forkserver" in ways else "spawn")
     module = import_module("llm_scratch.distributed") # by name: a rank cannot import what a notebook defines
-    if "forkserver" in ways: context.set_forkserver_preload([module.__name__])
+    if "forkserver" in ways: context.set_forkserver_preload([module.__name__, "torch._dynamo"]) # the second, which every optimizer imports, is slow
     for rank in range(self.world):
         ours,theirs = context.Pipe()
         self.processes.append(context.Process(target=module._serve, args=(theirs,), daemon=True, name=f"rank {rank}"))
@@ -114,7 +104,7 @@ def start(self:Ranks)->None:
         theirs.close()
         self.pipes.append(ours)
     self.store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False) # a free port
-    self.ask([(_join, (rank, self.world, self.store.port, self.timeout)) for rank in range(self.world)])
+    self.ask([_pack((_join, (rank, self.world, self.store.port, self.timeout))) for rank in range(self.world)])
 
 @patch
 def close(self:Ranks)->None:
@@ -127,11 +117,11 @@ def close(self:Ranks)->None:
 # %% ../nbs/05b_distributed.ipynb #ba816fe6
 @patch
 def ask(self:Ranks,
-    jobs:list[tuple[Callable, tuple]], # function and arguments for each rank
+    jobs:list[bytes], # for each rank, a function and its arguments, packed
 )->list: # what each returned; `RankError` for the first that failed, `TimeoutError` when time is up, and then no process is left
     "Run one job on each rank."
     try:
-        for pipe,job in zip(self.pipes, map(_pack, jobs)): pipe.send_bytes(job)
+        for pipe,job in zip(self.pipes, jobs): pipe.send_bytes(job)
         done,failed,end = {},{},time.monotonic() + self.timeout
         while len(done) < self.world:
             ready = wait([p for r,p in enumerate(self.pipes) if r not in done | failed], max(0, (min(end, failed_at+.3) if failed else end) - time.monotonic()))
