@@ -7,11 +7,10 @@ __all__ = ['RankError', 'Ranks', 'run_ranks', 'Wire', 'tcp_bytes_sent', 'share_o
            'FlatUnit', 'flat_units', 'when_ready', 'FreedUnit', 'gather_when_needed', 'norm_of_parts', 'ZeRO',
            'held_bytes', 'memory_parts', 'owners', 'share_parameters', 'fan_out', 'fan_in', 'cut_axis', 'my_slice',
            'VocabEmbedding', 'vocab_nats', 'tensor_parallel', 'sum_gradients', 'whole_state', 'join_positions',
-           'sum_positions', 'gpipe', 'one_f_one_b', 'timetable', 'most_held', 'Stage', 'run_stage', 'exchange',
+           'sum_positions', 'gpipe', 'one_f_one_b', 'timetable', 'most_held', 'PipeStage', 'run_stage', 'exchange',
            'ulysses_attend', 'ring_attend', 'sequence_parallel', 'grid']
 
 # %% ../nbs/05b_distributed.ipynb #45d64536
-import math
 import multiprocessing
 import os
 import pickle
@@ -33,7 +32,7 @@ import torch.nn.functional as F
 from fastcore.basics import patch
 from torch import nn
 
-from .architecture import Decoder, attend, fused_attend
+from .architecture import Decoder, fused_attend
 
 # %% ../nbs/05b_distributed.ipynb #82ff6567
 def _follow_parent()->None:
@@ -44,6 +43,7 @@ def _follow_parent()->None:
 def _join(rank:int, world:int, port:int, timeout:float)->None:
     "Meet the other ranks at the store of the process that started them."
     torch.set_num_threads(1)
+    os.environ |= {"GLOO_SOCKET_IFNAME":name for _,name in socket.if_nameindex() if name in ("lo", "lo0")} # all are on this machine
     dist.init_process_group("gloo", store=dist.TCPStore("127.0.0.1", port, is_master=False), rank=rank, world_size=world, timeout=timedelta(seconds=timeout+30)) # the parent looks at the clock first
 
 def _serve(pipe:Connection)->None:
@@ -166,7 +166,8 @@ class Wire:
     "What one rank says to the others of its group, with every byte that it gives away counted in `sent`."
     def __init__(self,
         group:dist.ProcessGroup|None=None, # None: all ranks
-    ): self.group,self.rank,self.world,self.sent = group,dist.get_rank(group),dist.get_world_size(group),Counter()
+        device:str|torch.device="cpu", # where the backend of the group expects tensors
+    ): self.group,self.device,self.rank,self.world,self.sent = group,device,dist.get_rank(group),dist.get_world_size(group),Counter()
 
 # %% ../nbs/05b_distributed.ipynb #eadb39ce
 @patch
@@ -197,9 +198,9 @@ def shift(self:Wire,
     kind:str="send", # under which the bytes are counted
 )->torch.Tensor: # `into`
     "Everybody passes a tensor on, around the ring."
-    work = self.send(x, (self.rank+by)%self.world, kind)
-    self.recv(into, (self.rank-by)%self.world)
-    work.wait()
+    self.sent[kind] += x.nbytes
+    both = [dist.P2POp(op, t, group=self.group, group_peer=(self.rank+k)%self.world) for op,t,k in ((dist.isend, x, by), (dist.irecv, into, -by))]
+    for work in dist.batch_isend_irecv(both): work.wait()
     return into
 
 # %% ../nbs/05b_distributed.ipynb #4621a2f5
@@ -259,7 +260,7 @@ def total(self:Wire,
     number:float, # of this rank
 )->float: # the sum over all ranks
     "Add up one number."
-    return self.all_reduce(torch.tensor(number, dtype=torch.float64), kind="control").item()
+    return self.all_reduce(torch.tensor(number, dtype=torch.float64, device=self.device), kind="control").item()
 
 # %% ../nbs/05b_distributed.ipynb #3d43128c
 def tcp_bytes_sent()->int: # bytes, headers not included
@@ -325,7 +326,7 @@ def _fill(params:Sequence[nn.Parameter], most:int)->list[list[nn.Parameter]]:
 @patch
 def finish(self:BucketedGradients)->None:
     "After the last backward pass: every `.grad` is the sum over all ranks, or None where no rank had one."
-    has = torch.tensor([p.grad is not None for p in self.params], dtype=torch.int32)
+    has = torch.tensor([p.grad is not None for p in self.params], dtype=torch.int32, device=self.rows[0].device)
     for p in {p for waiting in self.waiting for p in waiting}: # not used in this backward pass
         if p.grad is None: self.views[p].zero_()
         else: self.views[p].copy_(p.grad.flatten())
@@ -513,7 +514,7 @@ def share_parameters(
 # %% ../nbs/05b_distributed.ipynb #12a25bab
 class _FanOut(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, wire): # noqa: D102
+    def forward(ctx, x, wire):
         ctx.wire = wire
         return x.view_as(x)
     @staticmethod
@@ -714,7 +715,7 @@ def most_held(
     return most
 
 # %% ../nbs/05b_distributed.ipynb #2311ff31
-class Stage(nn.Module):
+class PipeStage(nn.Module):
     "The blocks of a decoder that one rank of a pipeline holds; the first also has the embedding, the last the norm and the tied scores."
     def __init__(self,
         model:Decoder, # whole; the stage shares its weights
@@ -737,7 +738,7 @@ class Stage(nn.Module):
 
 # %% ../nbs/05b_distributed.ipynb #45c41bab
 def run_stage(
-    part:Stage, # of this rank
+    part:PipeStage, # of this rank
     turns:Sequence[tuple[str, int]], # its schedule
     ids_MBT:torch.Tensor, # all micro-batches; the first stage reads them, the others their shape
     targets_MBT:torch.Tensor, # ids to predict, -1 for those that do not count; the last stage reads them
@@ -748,20 +749,20 @@ def run_stage(
     shape = (*ids_MBT.shape[1:], part.d_model)
     for kind,i in turns:
         if kind == "F":
-            x = ids_MBT[i] if part.is_first else wire.recv(torch.empty(shape), part.stage-1).requires_grad_()
+            x = ids_MBT[i] if part.is_first else wire.recv(torch.empty(shape, device=ids_MBT.device), part.stage-1).requires_grad_()
             y = share_of_loss(part, x, targets_MBT[i], total) if part.is_last else part(x)
             if part.is_last: loss += y.item()
             else: works.append((wire.send(y.detach(), part.stage+1, "activations"), y))
             held[i] = x,y
         else:
             x,y = held.pop(i)
-            y.backward(None if part.is_last else wire.recv(torch.empty(shape), part.stage+1))
+            y.backward(None if part.is_last else wire.recv(torch.empty(shape, device=ids_MBT.device), part.stage+1))
             if not part.is_first: works.append((wire.send(x.grad, part.stage-1, "gradients"), x))
     for work,_ in works: work.wait()
     _tie(part, wire)
     return wire.total(loss)
 
-def _tie(part:Stage, wire:Wire)->None:
+def _tie(part:PipeStage, wire:Wire)->None:
     "The embedding stands at both ends: its gradient is the sum of both."
     if part.is_first == part.is_last: return # in the middle, or alone
     grad = part.embed_tokens.weight.grad
@@ -826,7 +827,7 @@ def ring_attend(
 )->torch.Tensor: # `(B,H,T,K)`
     "Keep the queries, pass keys and values around, and mend the softmax at each stop (Liu et al. 2023)."
     B,H,T,K = q_BHTK.shape
-    kv,at = torch.stack((k_BGTK, v_BGTK)),torch.arange(T)
+    kv,at = torch.stack((k_BGTK, v_BGTK)),torch.arange(T, device=q_BHTK.device)
     top = sums = mixed = 0.
     for step in range(wire.world):
         k,v = (x.repeat_interleave(H//x.shape[1], 1) for x in kv)

@@ -24,7 +24,7 @@ from llm_scratch.distributed import (
     FlatUnit,
     RankError,
     Ranks,
-    Stage,
+    PipeStage,
     Wire,
     ZeRO,
     count_targets,
@@ -444,7 +444,7 @@ def test_what_cannot_be_cut_is_refused(two):
     with pytest.raises(RankError, match="use ring_attend"): two(lambda: ulysses_attend(*(torch.ones(1, 3, 2, 4) for _ in range(3)), wire=Wire()))
     with pytest.raises(RankError, match="2 ranks do not make groups of 3"): two(grid, 3)
     for stage, n in ((0, 5), (2, 2), (-1, 2)):
-        with pytest.raises(ValueError, match="each needs a block"): Stage(fresh(), stage, n)
+        with pytest.raises(ValueError, match="each needs a block"): PipeStage(fresh(), stage, n)
 
 
 def test_the_loss_of_a_cut_vocabulary_survives_great_scores(two):
@@ -487,7 +487,7 @@ def test_a_schedule_that_stands_still_is_found():
 
 def pipeline(schedule, n_micro):
     wire = Wire()
-    part = Stage(fresh(), wire.rank, wire.world)
+    part = PipeStage(fresh(), wire.rank, wire.world)
     optimizer, losses, norms, held = adamw(part.parameters()), [], [], [0, 0]
     part.register_forward_hook(lambda *_: held.__setitem__(0, held[0]+1))
     own = [p for name, p in part.named_parameters() if not (part.is_last and wire.world > 1 and name.startswith("embed"))] # the embedding counts once
