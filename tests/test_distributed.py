@@ -148,10 +148,9 @@ def test_a_wait_for_ever_ends_and_names_who_waits():
     def lonely():
         if dist.get_rank() == 1: dist.recv(torch.empty(1), 0)
         return dist.get_rank()
-    with Ranks(2, timeout=1) as ranks:
-        ranks.timeout = 60
+    with Ranks(2, timeout=60) as ranks:
         ranks(pid_after)
-        ranks.timeout = 1
+        ranks.timeout = 3
         with pytest.raises(TimeoutError, match="from rank 1 of 2"): ranks(lonely)
         assert ranks.processes == []
 
@@ -574,3 +573,14 @@ def test_data_and_tensor_parallel_on_a_grid(four):
     results = four(both)
     assert [r[3] for r in results] == [(0, 0), (0, 1), (1, 0), (1, 1)]
     assert_same([r[:3] for r in results])
+
+
+# --- the benchmark ------------------------------------------------------------------------------------------------
+
+@pytest.mark.skipif(not hasattr(os, "sched_getaffinity") or len(os.sched_getaffinity(0)) < 2, reason="needs two cores that can be asked for")
+def test_one_command_one_table_of_scaling():
+    "The ways agree on the losses, or the script stops; nobody looks at the clock."
+    done = subprocess.run([sys.executable, ROOT/"benchmarks"/"scaling.py", "--tiny", "--rounds", "1", "--steps", "1"], capture_output=True, text=True, encoding="utf-8", timeout=200, check=False)
+    assert done.returncode == 0, done.stderr
+    rows = [line.split("|")[1].strip() for line in done.stdout.splitlines() if line.startswith("|")][2:]
+    assert rows == ["one process, one core", "two, without a word", "two, our buckets", "two, torch DDP", "two, one all-reduce at the end"]
