@@ -37,6 +37,7 @@ MAY_IMPORT = {
     "vocabulary": {"core", "data", "tokenization"},  # data fetches the tokenizers of others
     "packing": set(),
     "checkpointing": {"core"},
+    "distributed": {"architecture"},
     "pretraining": {"core"},
     "evaluation": {"core"},
     "pipeline": {"core", "architecture", "generation", "interchange", "llamacpp", "data", "sources", "cleaning", "privacy", "curation", "duplicates", "tokenization", "fastbpe", "pretraining", "evaluation"},
