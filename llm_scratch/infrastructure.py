@@ -9,8 +9,8 @@ __all__ = ['FEATURES', 'LANE_RATE', 'IB_ERRORS', 'REASONS', 'SLOWING', 'ANCESTOR
            'read_nvme', 'InfinibandPort', 'read_infiniband', 'NetworkInterface', 'read_network', 'DiskSpeed',
            'disk_speed', 'open_nvml', 'throttle_reasons', 'Gpu', 'read_gpus', 'HardwareReport', 'hardware_report',
            'hardware_findings', 'Piece', 'installed_pieces', 'doctor_rows', 'measured_rows', 'HardwareSampler',
-           'slow_ranks', 'AllReduceTime', 'time_all_reduce', 'matmul_seconds', 'Preflight', 'preflight',
-           'preflight_text', 'preflight_rank', 'local_preflight']
+           'slow_ranks', 'AllReduceTime', 'time_all_reduce', 'neighbour_rounds', 'exchange_seconds', 'matmul_seconds',
+           'Preflight', 'preflight', 'preflight_text', 'preflight_rank', 'local_preflight']
 
 # %% ../nbs/05_infrastructure.ipynb #if05imp0
 import math
@@ -351,8 +351,8 @@ class DiskSpeed:
 def _filesystem(folder:Path, root:Path=Path("/"))->str:
     "The kind of file system of the innermost mount around a folder."
     mounts = [line.split()[1:3] for line in _text(root/"proc/mounts").splitlines()]
-    around = [(len(Path(at).parts), kind) for at,kind in mounts if folder.is_relative_to(at)]
-    return max(around, default=(0, ""), key=lambda m: m[0])[1] if around else ""
+    around = sorted(((at, kind) for at,kind in mounts if folder.is_relative_to(at)), key=lambda m: len(m[0])) # of two at one place the later one counts
+    return around[-1][1] if around else ""
 
 def disk_speed(
     folder:str|Path=".", # on the drive in question
@@ -489,7 +489,7 @@ def hardware_findings(
     for i,g in enumerate(report.gpus):
         if g.throttled: found.append(f"gpu {i} is slowed by {' and '.join(g.throttled)}")
         if g.pcie_lanes and g.max_pcie_lanes and g.pcie_lanes < g.max_pcie_lanes: found.append(f"gpu {i} uses {g.pcie_lanes} of {g.max_pcie_lanes} PCI lanes: look at its slot or riser")
-        if g.nvlinks < g.max_nvlinks: found.append(f"gpu {i} has {g.nvlinks} of {g.max_nvlinks} NVLinks up")
+        if 0 < g.nvlinks < g.max_nvlinks or g.nvlinks < max(h.nvlinks for h in report.gpus): found.append(f"gpu {i} has {g.nvlinks} of {g.max_nvlinks} NVLinks up")
     found += [f"{d.name} uses {d.pcie_lanes} PCI lanes where a drive has 4" for d in report.nvme if d.pcie_lanes and d.pcie_lanes < 4]
     for p in report.infiniband:
         if p.state != "ACTIVE": found.append(f"{p.device} port {p.port} is {p.state}, not ACTIVE")
@@ -500,7 +500,7 @@ def hardware_findings(
 # %% ../nbs/05_infrastructure.ipynb #if05ins1
 EXTRAS = dict(data="web pages cleaned, duplicates found (03a-03f)", distributed="DeepSpeed as an engine: ZeRO, offloading (05d)", monitor="TensorBoard, Weights & Biases, Prometheus, hardware samples (05f)",
               megatron="weights and data to and from Megatron-Core (05g)", interchange="models to and from transformers and GGUF (02c, 02d)", fast="compiled writing and tokenizers (02h, 04e)",
-              safety="measures of fairness", deploy="ONNX", docs="this book as a site", dev="the tests") # what each extra of the library gives
+              safety="measures of fairness", deploy="models as ONNX", docs="this book as a site", dev="the tests") # what each extra of the library gives
 PROGRAMS = {"ssh":"start ranks on other hosts (05e)", "pdsh":"DeepSpeed's launcher for a list of hosts (05e)", "srun":"ranks under Slurm (05e)", "kubectl":"ranks under Kubernetes (05e)", "nvidia-smi":"the GPU driver's own view",
             "prometheus":"alerts that fire (05f)", "numactl":"ranks bound to a bank of memory", "tc":"slow networks for tests (05e)", "c++":"DeepSpeed operations compiled at first use"} # what each program gives
 
@@ -545,7 +545,7 @@ def _hardware_rows(r:HardwareReport)->list[tuple[str, str]]:
     "One row per part, or one that says that there is none."
     cpu,mem = r.cpu,r.memory
     quota = "no quota" if cpu.quota is None else f"a quota of {cpu.quota:g}"
-    rows = [("cpu", f"{cpu.model}; {' '.join(cpu.features) or 'no known features'}; {_size(cpu.cache_bytes, 'MiB', 2**20)} of last cache; {len(cpu.numa) or 1} NUMA node{'s'*(len(cpu.numa) > 1)}"),
+    rows = [("cpu", f"{cpu.model}; {' '.join(cpu.features) or 'no known features'}; {_size(cpu.cache_bytes or None, 'MiB', 2**20)} of last cache; {len(cpu.numa) or 1} NUMA node{'s'*(len(cpu.numa) > 1)}"),
             ("cores", f"{cpu.usable:g} usable: {cpu.cores} in the machine, {cpu.allowed} allowed, {quota}"),
             ("memory", f"{_size(mem.usable)} usable, {_size(mem.available)} available" + ("" if mem.limit is None else f", {_size(mem.total)} in the machine"))]
     for i,g in enumerate(r.gpus):
@@ -673,6 +673,28 @@ def time_all_reduce(
     dist.all_reduce(took, op=dist.ReduceOp.MAX) # each round took as long as on its slowest rank
     return AllReduceTime(x.nbytes, n, took.median().item())
 
+# %% ../nbs/05_infrastructure.ipynb #if05lnk0
+def neighbour_rounds(
+    n:int, # ranks in a ring
+)->list[list[tuple[int, int]]]: # pairs of neighbours, every pair once; in one round no rank stands twice
+    "Who swaps with whom at the same time."
+    links = [(i, (i+1)%n) for i in range(n if n > 2 else n-1)]
+    m = n - n%2
+    return [pairs for pairs in (links[:m:2], links[1:m:2], links[m:]) if pairs]
+
+def exchange_seconds(
+    peer:int, # the other rank, which calls this too
+    device:str="cpu", # where the numbers are
+    n_bytes:int=2**24, # that go each way
+    rounds:int=5, # how often; the median counts
+)->float: # seconds
+    "What it takes to swap numbers with another rank."
+    import torch.distributed as dist
+    mine,theirs = (torch.ones(n_bytes//4, device=device) for _ in range(2))
+    def once()->None:
+        for swap in dist.batch_isend_irecv([dist.P2POp(dist.isend, mine, peer), dist.P2POp(dist.irecv, theirs, peer)]): swap.wait()
+    return median(_times(once, rounds, device))
+
 # %% ../nbs/05_infrastructure.ipynb #if05pre7
 def matmul_seconds(
     device:str="cpu", # or a GPU
@@ -688,40 +710,70 @@ class Preflight:
     "What all ranks found."
     hosts:tuple[str, ...] # of each rank
     seconds:tuple[float, ...] # that the same work took on each rank
+    links:dict[tuple[int, int], float] # neighbours in the ring, and the seconds that they took to swap
     reduces:tuple[AllReduceTime, ...] # one per size
     threshold:float # as for `slow_ranks`
 
     slow = property(lambda self: slow_ranks(self.seconds, self.threshold), doc="Ranks, the slowest first.")
 
+    def kind(self,
+        link:tuple[int, int], # of `links`
+    )->list[tuple[int, int]]: # it, and all others that stay inside a machine as it does, or go between machines as it does
+        "The links that one can be compared with."
+        inside = lambda pair: self.hosts[pair[0]] == self.hosts[pair[1]]
+        return [pair for pair in self.links if inside(pair) == inside(link)]
+    def times_typical(self,
+        link:tuple[int, int], # of `links`
+    )->float: # times the lower median of its kind
+        "How slow a link is."
+        return self.links[link] / median_low([self.links[pair] for pair in self.kind(link)])
+
+    slow_links = property(lambda self: [link for link in self.links if self.times_typical(link) > self.threshold], doc="Pairs of ranks.")
+
+# %% ../nbs/05_infrastructure.ipynb #if05lnk3
 def preflight(
     device:str="cpu", # of this rank
     *,
     sizes:Sequence[int]=(2**16, 2**20, 2**24), # bytes to sum
     threshold:float=1.5, # as for `slow_ranks`
     work:Callable[[str], float]=matmul_seconds, # device to seconds: what each rank does alone
+    exchange:Callable[[int, str], float]=exchange_seconds, # the other rank and the device to seconds
 )->Preflight: # the same on every rank
     "Check every rank of the process group, and what is between them."
     import torch.distributed as dist
     slow_ranks([1.], threshold) # a wrong threshold is told before anything is timed
+    rank,links = dist.get_rank(),{}
     reduces = tuple(time_all_reduce(n, device=device) for n in sizes)
+    for pairs in neighbour_rounds(dist.get_world_size()):
+        dist.barrier()
+        for a,b in pairs:
+            if rank in (a, b): links[a,b] = exchange(b if rank == a else a, device)
     dist.barrier() # all compute at the same time, as in training: they share memory and power
     everyone = [None]*dist.get_world_size()
-    dist.all_gather_object(everyone, (socket.gethostname(), work(device)))
-    return Preflight(*map(tuple, zip(*everyone)), reduces, threshold)
+    dist.all_gather_object(everyone, (socket.gethostname(), work(device), links))
+    hosts,seconds,ends = zip(*everyone)
+    both = {pair:max(e[pair] for e in ends if pair in e) for pair in sorted({pair for e in ends for pair in e})}
+    return Preflight(hosts, seconds, both, reduces, threshold)
 
 # %% ../nbs/05_infrastructure.ipynb #if05pre8
+def _verdict(p:Preflight)->str:
+    "One line to act on."
+    ranks = [f"rank {r} on {p.hosts[r]} ({p.seconds[r]/median_low(p.seconds):.1f} times the median)" for r in p.slow]
+    links = [f"link of ranks {a} and {b}, {p.hosts[a]} to {p.hosts[b]} ({p.times_typical((a, b)):.1f} times the median)" for a,b in p.slow_links]
+    if not ranks+links: return f"preflight: {len(p.hosts)} rank{'s'*(len(p.hosts) > 1)}, none is slow (more than {p.threshold:g} times the median)"
+    return f"preflight: slow: {', '.join(ranks+links)}; take it out, or look at {'clocks, heat and what else runs there' if ranks else 'cables, ports and their error counters'}"
+
 def preflight_text(
     p:Preflight, # what was found
 )->str: # some lines; the last one says whether all is well
-    "A table of sums, a table of ranks, and one line to act on."
-    typical = median_low(p.seconds)
-    lines = [f"{'bytes':>12} {'milliseconds':>13} {'algorithm GB/s':>15} {'bus GB/s':>9}"]
+    "Tables of sums, ranks and links, and one line to act on."
+    lines = [f"{'bytes summed':>12} {'milliseconds':>13} {'algorithm GB/s':>15} {'bus GB/s':>9}"]
     lines += [f"{r.n_bytes:>12,} {1e3*r.seconds:>13.3f} {r.algorithm_bandwidth/1e9:>15.3f} {r.bus_bandwidth/1e9:>9.3f}" for r in p.reduces]
-    lines += [f"{'rank':>5} {'milliseconds':>13} {'times median':>13}  host"]
-    lines += [f"{rank:>5} {1e3*s:>13.3f} {s/typical:>13.2f}  {host}{'  <- slow' if rank in p.slow else ''}" for rank,(host,s) in enumerate(zip(p.hosts, p.seconds))]
-    if not p.slow: return "\n".join([*lines, f"preflight: {len(p.hosts)} ranks, none is slow (more than {p.threshold:g} times the median)"])
-    named = ", ".join(f"rank {r} on {p.hosts[r]} ({p.seconds[r]/typical:.1f} times the median)" for r in p.slow)
-    return "\n".join([*lines, f"preflight: slow: {named}; take it out, or look at its clocks, its heat and what else runs there"])
+    lines += [f"{'rank':>12} {'milliseconds':>13} {'times median':>15}  host"]
+    lines += [f"{rank:>12} {1e3*s:>13.3f} {s/median_low(p.seconds):>15.2f}  {host}{'  <- slow' if rank in p.slow else ''}" for rank,(host,s) in enumerate(zip(p.hosts, p.seconds))]
+    lines += [f"{'link':>12} {'milliseconds':>13} {'times median':>15}"]*bool(p.links)
+    lines += [f"{f'{a}-{b}':>12} {1e3*s:>13.3f} {p.times_typical((a, b)):>15.2f}{'  <- slow' if (a, b) in p.slow_links else ''}" for (a,b),s in p.links.items()]
+    return "\n".join([*lines, _verdict(p)])
 
 # %% ../nbs/05_infrastructure.ipynb #if05pra1
 RANK_VARIABLES = "RANK","WORLD_SIZE","MASTER_ADDR","MASTER_PORT" # what a launcher tells each rank
@@ -741,19 +793,20 @@ def _meeting(backend:str, seconds:float, env:dict[str, str])->Iterator[None]:
 
 def preflight_rank(
     *,
-    sizes:Sequence[int]=(2**16, 2**20, 2**24), # bytes to sum
+    sizes:Sequence[int]|None=None, # bytes to sum; None is 64 KiB, 1 MiB and 16 MiB, and 16 times as much on GPUs
     threshold:float=1.5, # as for `slow_ranks`
     work:Callable[[str], float]|None=None, # as for `preflight`; None is `matmul_seconds` of a fitting size
+    exchange:Callable[[int, str], float]=exchange_seconds, # as for `preflight`
     wait_seconds:float=60., # for the other ranks
-)->int: # exit status: 1 when a rank is slow
+)->int: # exit status: 1 when a rank or a link is slow
     "Be one rank of a preflight; rank 0 prints what was found. `UserError` when the others don't come."
     gpu = torch.cuda.is_available()
     device = f"cuda:{os.environ.get('LOCAL_RANK', '0')}" if gpu else "cpu"
     if gpu: torch.cuda.set_device(device)
     with _meeting("nccl" if gpu else "gloo", wait_seconds, dict(os.environ)):
-        found = preflight(device, sizes=sizes, threshold=threshold, work=work or (lambda device: matmul_seconds(device, 8192 if gpu else 1024)))
+        found = preflight(device, sizes=sizes or [n*(16 if gpu else 1) for n in (2**16, 2**20, 2**24)], threshold=threshold, work=work or (lambda device: matmul_seconds(device, 8192 if gpu else 1024)), exchange=exchange)
     if os.environ["RANK"] == "0": print(preflight_text(found), flush=True)
-    return int(bool(found.slow))
+    return int(bool(found.slow or found.slow_links))
 
 # %% ../nbs/05_infrastructure.ipynb #if05prb1
 def _run_ranks(command:Sequence[str], n:int, timeout:float)->tuple[int, list[str]]: # the first exit status that is not 0, and what each rank printed
@@ -782,7 +835,7 @@ def local_preflight(
     sizes:Sequence[int]=(2**16, 2**20, 2**24), # bytes to sum
     threshold:float=1.5, # as for `slow_ranks`
     timeout:float=300., # seconds for all of it
-)->tuple[int, str]: # exit status, 1 when a rank is slow; and what rank 0 printed
+)->tuple[int, str]: # exit status, 1 when a rank or a link is slow; and what rank 0 printed
     "Start ranks on this machine and let them check themselves."
     if n_ranks < 1: raise UserError(f"{n_ranks} ranks can't check anything: give 1 or more")
     code = f"import sys; from llm_scratch.infrastructure import preflight_rank; sys.exit(preflight_rank(sizes={tuple(sizes)}, threshold={float(threshold)}))"
