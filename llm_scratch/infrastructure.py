@@ -5,12 +5,12 @@
 # %% auto #0
 __all__ = ['FEATURES', 'LANE_RATE', 'IB_ERRORS', 'REASONS', 'SLOWING', 'ANCESTORS', 'EXTRAS', 'PROGRAMS', 'SAMPLED',
            'SAMPLED_PER_GPU', 'RANK_VARIABLES', 'triad_bandwidth', 'matmul_peak', 'Roofline', 'Matmul',
-           'decoder_matmuls', 'Cpu', 'read_cpu', 'Memory', 'read_memory', 'stream_bytes', 'pcie_bandwidth', 'NvmeDrive',
-           'read_nvme', 'InfinibandPort', 'read_infiniband', 'NetworkInterface', 'read_network', 'DiskSpeed',
-           'disk_speed', 'open_nvml', 'throttle_reasons', 'Gpu', 'read_gpus', 'HardwareReport', 'hardware_report',
-           'hardware_findings', 'Piece', 'installed_pieces', 'doctor_rows', 'measured_rows', 'HardwareSampler',
-           'slow_ranks', 'AllReduceTime', 'time_all_reduce', 'neighbour_rounds', 'exchange_seconds', 'matmul_seconds',
-           'Preflight', 'preflight', 'preflight_text', 'preflight_rank', 'local_preflight']
+           'decoder_matmuls', 'Cpu', 'read_cpu', 'MainMemory', 'read_memory', 'stream_bytes', 'pcie_bandwidth',
+           'NvmeDrive', 'read_nvme', 'InfinibandPort', 'read_infiniband', 'NetworkInterface', 'read_network',
+           'DiskSpeed', 'disk_speed', 'open_nvml', 'throttle_reasons', 'Gpu', 'read_gpus', 'HardwareReport',
+           'hardware_report', 'hardware_findings', 'Component', 'installed_components', 'doctor_rows', 'measured_rows',
+           'HardwareSampler', 'slow_ranks', 'AllReduceTime', 'time_all_reduce', 'neighbour_rounds', 'exchange_seconds',
+           'matmul_seconds', 'Preflight', 'preflight', 'preflight_text', 'preflight_rank', 'local_preflight']
 
 # %% ../nbs/05_infrastructure.ipynb #if05imp0
 import math
@@ -201,7 +201,7 @@ def read_cpu(
 
 # %% ../nbs/05_infrastructure.ipynb #if05mem1
 @dataclass(frozen=True)
-class Memory:
+class MainMemory:
     "Main memory, and how much of it this process may use."
     total:int # bytes in the machine
     available:int # bytes that can be had without swapping
@@ -213,17 +213,17 @@ class Memory:
 
 def read_memory(
     root:Path=Path("/"), # of the tree with `proc` and `sys`
-)->Memory:
+)->MainMemory:
     "What the kernel says of memory."
     info = {k:int(kib)*1024 for k,kib in re.findall(r"^(\w+):\s+(\d+) kB", _text(root/"proc/meminfo"), re.M)}
     total = info.get("MemTotal") or (os.sysconf("SC_PAGE_SIZE")*os.sysconf("SC_PHYS_PAGES") if hasattr(os, "sysconf") else 0)
     files = (*_cgroup_files(root, "memory", "memory.max"), *_cgroup_files(root, "memory", "memory.limit_in_bytes"))
     limits = [n for path in files if (n := _number(path)) is not None and n < total] # version 1 says "none" by a huge number
-    return Memory(total, info.get("MemAvailable", total), min(limits, default=None))
+    return MainMemory(total, info.get("MemAvailable", total), min(limits, default=None))
 
 def stream_bytes(
     cpu:Cpu, # whose caches must be too small
-    memory:Memory, # where three rows must fit
+    memory:MainMemory, # where three rows must fit
 )->int: # bytes of one row, a multiple of 4
     "How long the rows of `triad_bandwidth` must be: four times the last cache, as STREAM demands, in at most an eighth of what is available."
     return min(max(2**26, 4*cpu.cache_bytes), memory.available//8)//4*4
@@ -460,7 +460,7 @@ def read_gpus(
 class HardwareReport:
     "What a machine has, as far as training cares."
     cpu:Cpu
-    memory:Memory
+    memory:MainMemory
     gpus:list[Gpu]
     joined:dict[tuple[int, int], str] # how each pair of GPUs is joined, as `nvidia-smi topo -m` says it
     nvme:list[NvmeDrive]
@@ -505,7 +505,7 @@ PROGRAMS = {"ssh":"start ranks on other hosts (05e)", "pdsh":"DeepSpeed's launch
             "prometheus":"alerts that fire (05f)", "numactl":"ranks bound to a bank of memory", "tc":"slow networks for tests (05e)", "c++":"DeepSpeed operations compiled at first use"} # what each program gives
 
 @dataclass(frozen=True)
-class Piece:
+class Component:
     "Something that can be installed."
     name:str # such as "extra monitor"
     missing:str # how to get it; empty when it is there
@@ -528,14 +528,14 @@ def _extras()->dict[str, list[str]]: # what is missing for each
         missing.setdefault(extra, []).extend([] if there else [str(r).partition(";")[0].strip()])
     return missing
 
-def installed_pieces()->list[Piece]:
+def installed_components()->list[Component]:
     "What is installed, and what each missing piece would give."
     import torch.distributed as dist
-    extras = [Piece(f"extra {name}", f"pip install 'llm_scratch[{name}]' adds {', '.join(m)}" if m else "", EXTRAS.get(name, "")) for name,m in _extras().items()]
-    programs = [Piece(f"program {name}", "" if shutil.which(name) else "not found", gives) for name,gives in PROGRAMS.items()]
-    built = [Piece("torch with CUDA", "" if torch.backends.cuda.is_built() else "this build has none", "work on NVIDIA GPUs"),
-             Piece("torch with NCCL", "" if dist.is_available() and dist.is_nccl_available() else "this build has none", "messages between GPUs over NVLink and InfiniBand"),
-             Piece("torch with gloo", "" if dist.is_available() and dist.is_gloo_available() else "this build has none", "messages between CPU processes")]
+    extras = [Component(f"extra {name}", f"pip install 'llm_scratch[{name}]' adds {', '.join(m)}" if m else "", EXTRAS.get(name, "")) for name,m in _extras().items()]
+    programs = [Component(f"program {name}", "" if shutil.which(name) else "not found", gives) for name,gives in PROGRAMS.items()]
+    built = [Component("torch with CUDA", "" if torch.backends.cuda.is_built() else "this build has none", "work on NVIDIA GPUs"),
+             Component("torch with NCCL", "" if dist.is_available() and dist.is_nccl_available() else "this build has none", "messages between GPUs over NVLink and InfiniBand"),
+             Component("torch with gloo", "" if dist.is_available() and dist.is_gloo_available() else "this build has none", "messages between CPU processes")]
     return extras + built + programs
 
 # %% ../nbs/05_infrastructure.ipynb #if05doc1
@@ -568,7 +568,7 @@ def doctor_rows(
     there = [s.name for s in SOURCES.values() if (cache_dir()/s.filename).exists()]
     return [("python", f"{platform.python_version()} on {platform.system()} {platform.machine()}"), ("torch", f"{torch.__version__}, {torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}"),
             *_hardware_rows(report), ("disk", f"{shutil.disk_usage(folder).free/1e9:,.0f} GB free here"), ("cache", f"{cache_dir()}: {', '.join(there) or 'no source yet'}"),
-            *((p.name, p.line) for p in installed_pieces()), *(("look", line) for line in hardware_findings(report, torch.get_num_threads()))]
+            *((p.name, p.line) for p in installed_components()), *(("look", line) for line in hardware_findings(report, torch.get_num_threads()))]
 
 def measured_rows(
     report:HardwareReport, # of this machine
@@ -624,7 +624,7 @@ class HardwareSampler:
     def sample(self)->dict[str, float]: # names of `SAMPLED`, and of `SAMPLED_PER_GPU` behind `gpu0_`
         "What is now, and rates since the last sample."
         counted,now = self._counters(),self.clock()
-        rates = {name:max(0, n-self.last[name])/max(now-self.at, 1e-9) for name,n in counted.items()}
+        rates = {name:max(0, n-self.last[name])/(now-self.at) if now > self.at else 0 for name,n in counted.items()}
         self.last,self.at = counted,now
         cards = {f"gpu{i}_{name}":x for i in range(_ask(self.nvml, "nvmlDeviceGetCount") or 0 if self.nvml else 0) for name,x in self._gpu(i).items() if x is not None}
         return {name:float(x) for name,x in dict(cpu_utilization_ratio=self.psutil.cpu_percent(None)/100, process_memory_bytes=self.process.memory_info().rss,

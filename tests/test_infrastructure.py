@@ -23,8 +23,8 @@ from llm_scratch import infrastructure as infra
 from llm_scratch.architecture import Decoder, ModelConfig
 from llm_scratch.core import UserError
 from llm_scratch.infrastructure import (
-    ANCESTORS, EXTRAS, PROGRAMS, REASONS, SAMPLED, SAMPLED_PER_GPU, SLOWING, AllReduceTime, Cpu, Gpu, HardwareReport, HardwareSampler, Matmul, Memory, NvmeDrive, Piece, Preflight, Roofline, decoder_matmuls,
-    disk_speed, doctor_rows, hardware_findings, hardware_report, installed_pieces, local_preflight, matmul_peak, matmul_seconds, measured_rows, neighbour_rounds, open_nvml, pcie_bandwidth, preflight, preflight_text,
+    ANCESTORS, EXTRAS, PROGRAMS, REASONS, SAMPLED, SAMPLED_PER_GPU, SLOWING, AllReduceTime, Cpu, Gpu, HardwareReport, HardwareSampler, Matmul, MainMemory, NvmeDrive, Component, Preflight, Roofline, decoder_matmuls,
+    disk_speed, doctor_rows, hardware_findings, hardware_report, installed_components, local_preflight, matmul_peak, matmul_seconds, measured_rows, neighbour_rounds, open_nvml, pcie_bandwidth, preflight, preflight_text,
     read_cpu, read_gpus, read_infiniband, read_memory, read_network, read_nvme, slow_ranks, stream_bytes, throttle_reasons, time_all_reduce, triad_bandwidth)
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -168,7 +168,7 @@ def test_the_report_of_eight_a100(tmp_path, use):
     r = hardware_report(eight_a100(tmp_path))
     assert (nvml.starts, nvml.stops) == (1, 1)
     assert r.cpu == Cpu("AMD EPYC 7742 64-Core Processor", ("avx2",), 128, 128, None, 32*16*2**20, (tuple(range(64)), tuple(range(64, 128))))
-    assert r.memory == Memory(1056759044*1024, 1000000000*1024, None) and r.memory.usable == r.memory.total
+    assert r.memory == MainMemory(1056759044*1024, 1000000000*1024, None) and r.memory.usable == r.memory.total
     assert r.gpus[5] == Gpu("NVIDIA A100-SXM4-80GB", "0000:90:00.0", 80*2**30, 400., 1, 8, 16, 12, 12, (), 1)
     assert [g.nvlinks for g in r.gpus] == [12, 12, 12, 11, 12, 12, 12, 12] and {g.max_nvlinks for g in r.gpus} == {12}
     assert [g.numa for g in r.gpus] == [0]*4 + [1]*4 and [g.throttled for g in r.gpus].index(("power limit", "heat, by hardware")) == 2
@@ -201,9 +201,9 @@ def test_cards_joined_directly_and_not_at_all(use):
     silent = read_gpus(Nvml(n=2, refuses=["nvmlDeviceGetNvLinkState", "nvmlDeviceGetTopologyCommonAncestor"]))[1]
     assert silent == {(0, 1): "unknown"}
     cards = read_gpus(Nvml(n=2, down=[(i, link) for i in range(2) for link in range(12)]))[0] # without a bridge no link is up, and that is no fault
-    assert not any("NVLink" in f for f in hardware_findings(HardwareReport(Cpu("", (), 1, 1, None, 0, ()), Memory(1, 1, None), cards, {}, [], [], []), 1))
+    assert not any("NVLink" in f for f in hardware_findings(HardwareReport(Cpu("", (), 1, 1, None, 0, ()), MainMemory(1, 1, None), cards, {}, [], [], []), 1))
     one_dark = read_gpus(Nvml(n=2, down=[(1, link) for link in range(12)]))[0]
-    assert any("gpu 1 has 0 of 12" in f for f in hardware_findings(HardwareReport(Cpu("", (), 1, 1, None, 0, ()), Memory(1, 1, None), one_dark, {}, [], [], []), 1))
+    assert any("gpu 1 has 0 of 12" in f for f in hardware_findings(HardwareReport(Cpu("", (), 1, 1, None, 0, ()), MainMemory(1, 1, None), one_dark, {}, [], [], []), 1))
 
 
 def test_a_card_that_refuses_everything_is_still_listed(tmp_path, use):
@@ -233,7 +233,7 @@ def test_nvml_is_let_go_when_reading_fails(tmp_path, use, monkeypatch):
 def test_the_report_of_a_laptop_and_of_nothing(tmp_path, use):
     use("pynvml", None)
     r = hardware_report(laptop(tmp_path/"laptop"))
-    assert r.cpu == Cpu("12th Gen Example", ("avx2",), 8, 8, None, 0, ()) and r.memory == Memory(16000000*1024, 9000000*1024, None)
+    assert r.cpu == Cpu("12th Gen Example", ("avx2",), 8, 8, None, 0, ()) and r.memory == MainMemory(16000000*1024, 9000000*1024, None)
     assert r.nvme == [NvmeDrive("nvme0", "WD 1TB", 512*1953525168, 3, 4, None)] and r.infiniband == [] and r.gpus == []
     assert [(i.name, i.is_up, i.bits_per_second, i.is_hardware) for i in r.network] == [("wlan0", True, None, True)]
     rows = dict(doctor_rows(r))
@@ -370,8 +370,8 @@ def test_every_product_of_a_decoder_is_listed():
 
 def test_rows_are_longer_than_the_cache_and_fit():
     cpu = lambda cache: Cpu("", (), 1, 1, None, cache, ())
-    assert stream_bytes(cpu(2**25), Memory(2**40, 2**40, None)) == 2**27 and stream_bytes(cpu(0), Memory(2**40, 2**40, None)) == 2**26
-    assert stream_bytes(cpu(2**30), Memory(2**30, 2**28+4, None)) == 2**25
+    assert stream_bytes(cpu(2**25), MainMemory(2**40, 2**40, None)) == 2**27 and stream_bytes(cpu(0), MainMemory(2**40, 2**40, None)) == 2**26
+    assert stream_bytes(cpu(2**30), MainMemory(2**30, 2**28+4, None)) == 2**25
 
 
 # --- the drive ------------------------------------------------------------------------------------------------------------------
@@ -419,11 +419,11 @@ def test_the_innermost_file_system(tmp_path):
 def test_missing_pieces_say_what_they_would_give(monkeypatch):
     monkeypatch.setattr("importlib.metadata.requires", lambda name: ["numpy", "torch>=1.0; extra == 'fast'", "no-such-package>=3; extra == 'monitor'", "psutil>=999; extra == 'monitor'", "numpy; extra == 'new'"])
     monkeypatch.setattr(infra.shutil, "which", lambda name: "/usr/bin/ssh" if name == "ssh" else None)
-    pieces = {p.name: p for p in installed_pieces()}
+    pieces = {p.name: p for p in installed_components()}
     assert pieces["extra fast"].missing == "" and pieces["extra fast"].line == "installed" and pieces["extra new"].line == "installed"
     assert pieces["extra monitor"].line == f"pip install 'llm_scratch[monitor]' adds no-such-package>=3, psutil>=999; gives {EXTRAS['monitor']}"
     assert pieces["program ssh"].line == "installed" and pieces["program pdsh"].line == f"not found; gives {PROGRAMS['pdsh']}"
-    assert Piece("x", "gone", "").line == "gone"
+    assert Component("x", "gone", "").line == "gone"
 
 
 def test_every_extra_of_the_library_is_explained():
@@ -494,6 +494,12 @@ def test_each_sample_begins_where_the_last_one_ended(monkeypatch):
     monkeypatch.setattr(HardwareSampler, "_counters", lambda self: next(counted))
     s = sampler(seconds=(0., 1., 3., 4., 8.))
     assert [s.sample()["x"] for _ in range(4)] == [10, 0, 0, .25]
+
+
+def test_two_samples_at_one_moment(monkeypatch):
+    counted = iter([dict(x=0.), dict(x=10.)])
+    monkeypatch.setattr(HardwareSampler, "_counters", lambda self: next(counted))
+    assert sampler(seconds=(3., 3.)).sample()["x"] == 0
 
 
 def test_no_drive_counters_no_psutil_and_the_end(monkeypatch, use):
