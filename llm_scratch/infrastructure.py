@@ -42,11 +42,12 @@ def _wait(device:str)->None:
     "A GPU answers before it has finished: wait for it."
     if str(device).startswith("cuda"): torch.cuda.synchronize(device)
 
-def _times(work:Callable[[], object], rounds:int, device:str)->list[float]: # seconds of each round
+def _times(work:Callable[[], object], rounds:int, device:str, ready:Callable[[], object]=lambda: None)->list[float]: # seconds of each round
     "Time a piece of work again and again, once before for free: pages, caches, and code that is made at first use."
     work()
     took = []
     for _ in range(rounds):
+        ready() # before the clock starts
         _wait(device)
         start = time.perf_counter()
         work()
@@ -663,13 +664,11 @@ def time_all_reduce(
     "Sum numbers over all ranks of the process group and time it; `RuntimeError` when the sum is wrong."
     import torch.distributed as dist
     rank,n = dist.get_rank(),dist.get_world_size()
-    x = torch.full((max(1, n_bytes//4),), rank+1., device=device)
+    x,right = torch.full((max(1, n_bytes//4),), rank%7+1., device=device),sum(r%7+1 for r in range(n)) # small numbers: exact in float32 for any number of ranks
     dist.all_reduce(x)
-    if not (x == n*(n+1)/2).all(): raise RuntimeError(f"an all-reduce of {n_bytes} bytes gave rank {rank} a wrong sum: {x.min():g} to {x.max():g} instead of {n*(n+1)/2:g}")
-    def once()->None:
-        dist.barrier() # all begin together
-        dist.all_reduce(x.zero_())
-    took = torch.tensor(_times(once, rounds, device), device=device, dtype=torch.float64)
+    if not (x == right).all(): raise RuntimeError(f"an all-reduce of {n_bytes} bytes gave rank {rank} a wrong sum: {x.min():g} to {x.max():g} instead of {right}")
+    x.zero_()
+    took = torch.tensor(_times(lambda: dist.all_reduce(x), rounds, device, ready=dist.barrier), device=device, dtype=torch.float64)
     dist.all_reduce(took, op=dist.ReduceOp.MAX) # each round took as long as on its slowest rank
     return AllReduceTime(x.nbytes, n, took.median().item())
 
