@@ -271,6 +271,7 @@ def test_cores_that_are_offline_are_not_counted(tmp_path):
     assert read_cpu(root).allowed == 2
 
 
+@settings(deadline=None)
 @given(st.sets(st.integers(0, 300)))
 def test_the_short_form_of_a_set_is_read(ids):
     runs = []
@@ -280,6 +281,7 @@ def test_the_short_form_of_a_set_is_read(ids):
     assert infra._ids(",".join(f"{a}" if a == b else f"{a}-{b}" for a, b in runs)) == tuple(sorted(ids))
 
 
+@settings(deadline=None)
 @given(allowed=st.integers(1, 256), quota=st.none() | st.floats(.01, 300), n=st.integers(1, 64))
 def test_threads_never_exceed_what_is_usable(allowed, quota, n):
     cpu = Cpu("", (), 256, allowed, quota, 0, ())
@@ -351,6 +353,7 @@ def test_work_is_done_once_for_free_and_timed_afterwards():
     assert calls == ["work", *["ready", "work"]*3] and len(took) == 3 and min(took) < .05 # nobody is timed while he gets ready
 
 
+@settings(deadline=None)
 @given(st.floats(1e6, 1e15), st.floats(1e6, 1e15), st.floats(1, 1e12), st.floats(1, 1e12))
 def test_laws_of_the_roofline(bandwidth, peak, flop, n_bytes):
     r = Roofline(bandwidth, peak)
@@ -525,6 +528,7 @@ def test_the_time_of_this_process_is_counted():
 times = st.lists(st.floats(1e-6, 1e3), min_size=1, max_size=40)
 
 
+@settings(deadline=None)
 @given(times, st.floats(1.01, 10), st.randoms())
 def test_laws_of_the_rule(seconds, threshold, rng):
     slow = slow_ranks(seconds, threshold)
@@ -537,6 +541,7 @@ def test_laws_of_the_rule(seconds, threshold, rng):
     assert {order[r] for r in slow_ranks([seconds[i] for i in order], threshold)} == set(slow)
 
 
+@settings(deadline=None)
 @given(st.lists(st.floats(1., 1.45), min_size=3, max_size=40), st.floats(1e-6, 1e3), st.data())
 def test_one_rank_among_equals_is_found(factors, second, data):
     seconds = [second*f for f in factors]
@@ -551,6 +556,7 @@ def test_a_threshold_that_calls_ordinary_ranks_slow(threshold):
     with pytest.raises(UserError, match="give more than 1"): slow_ranks([1., 1.], threshold)
 
 
+@settings(deadline=None)
 @given(st.integers(0, 200))
 def test_neighbours_swap_once_and_never_two_at_a_time(n):
     rounds = neighbour_rounds(n)
@@ -673,7 +679,7 @@ def test_a_rank_that_dies_or_never_comes_ends_all_with_one_line(tmp_path):
 
 def test_nothing_is_left_of_ranks_that_hang(tmp_path):
     code = f"import os, time; open({str(tmp_path)!r} + '/' + os.environ['RANK'], 'w').write(str(os.getpid())); print('here', flush=True); time.sleep(500 if os.environ['RANK'] == '0' else 0)"
-    status, texts = infra._run_ranks([sys.executable, "-c", code], 2, timeout=8)
+    status, texts = infra._run_ranks([sys.executable, "-c", code], 2, timeout=6)
     assert status == 124 and texts[1] == "here\n"
     assert not any(psutil.pid_exists(int((tmp_path/r).read_text())) for r in "01" if (tmp_path/r).exists())
 
@@ -687,7 +693,3 @@ def test_no_rank_and_wrong_numbers(monkeypatch):
 
 def test_local_preflight_passes_on_what_a_rank_says():
     with pytest.raises(UserError, match="threshold=1 would call"): local_preflight(1, threshold=1)
-
-
-settings.register_profile("infra", deadline=None)
-settings.load_profile("infra")
