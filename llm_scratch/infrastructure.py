@@ -142,8 +142,7 @@ def _cgroup_files(root:Path, controller:str, name:str)->Iterator[Path]:
         _,controllers,path = line.split(":", 2)
         if controllers and controller not in controllers.split(","): continue
         for top in (controllers, controller) if controllers else (".", "unified"): # version 2 stands at the top, or beside version 1
-            base = root/"sys/fs/cgroup"/top
-            inner = Path() if ".." in Path(path).parts else Path(path.strip("/")) # a group outside of what this container sees
+            base,inner = root/"sys/fs/cgroup"/top,Path(path.strip("/"))
             yield from (group/name for p in (inner, *inner.parents) if (group := base/p).is_dir())
 
 def _quota(root:Path)->float|None: # cores' worth of time; None is no limit
@@ -262,8 +261,8 @@ def read_nvme(
     "The NVMe drives that the kernel knows."
     drives = []
     for path in sorted(root.glob("sys/class/nvme/nvme*"), key=lambda p: int(p.name[4:])):
-        spaces = [p for p in root.glob(f"sys/block/{path.name}n*") if re.fullmatch(r"nvme\d+n\d+", p.name)]
-        drives.append(NvmeDrive(path.name, _text(path/"model"), sum(512*(_number(p/"size") or 0) for p in spaces), *_pcie(path/"device"), _number(path/"device/numa_node")))
+        sectors = sum(_number(p/"size") or 0 for p in root.glob(f"sys/block/{path.name}n*"))
+        drives.append(NvmeDrive(path.name, _text(path/"model"), 512*sectors, *_pcie(path/"device"), _number(path/"device/numa_node")))
     return drives
 
 # %% ../nbs/05_infrastructure.ipynb #if05ib01
