@@ -561,6 +561,10 @@ def test_one_rank_among_equals_is_found(factors, second, data):
     assert slow_ranks(seconds) == [bad]
 
 
+def test_two_ranks_and_two_of_four():
+    assert slow_ranks([1., 100.]) == [1] and slow_ranks([1., 1., 9., 12.]) == [3, 2] and slow_ranks([2., 3., 3.1]) == [] # against the lower median
+
+
 @pytest.mark.parametrize("threshold", [1, .5, 0, -2])
 def test_a_threshold_that_calls_ordinary_ranks_slow(threshold):
     with pytest.raises(UserError, match="give more than 1"): slow_ranks([1., 1.], threshold)
