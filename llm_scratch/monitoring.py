@@ -6,10 +6,12 @@
 __all__ = ['SPIKE', 'METRICS', 'HOST_METRICS', 'PANELS', 'Monitor', 'to_line', 'read_rows', 'cut_rows', 'JsonLines', 'robust_z',
            'spike_scores', 'alarm_states', 'Metric', 'host_metric', 'free_port', 'PrometheusExporter', 'Alarm',
            'records', 'alarms', 'rules_text', 'prometheus_text', 'dashboard', 'write_monitoring', 'local_prometheus',
-           'ask_prometheus']
+           'ask_prometheus', 'TensorBoard', 'WandB', 'read_wandb', 'several', 'open_monitors', 'Tail', 'run_picture',
+           'watch_run']
 
 # %% ../nbs/05f_monitoring.ipynb #e3f674d6
 import errno
+import io
 import json
 import logging
 import math
@@ -184,19 +186,22 @@ METRICS = (
 
 # %% ../nbs/05f_monitoring.ipynb #d16386b9
 HOST_METRICS = (
-    Metric("llm_host_cpu_busy_ratio", "cpu_busy_ratio", "gauge", "0 to 1", "Share of all cores that is busy"),
-    Metric("llm_host_memory_used_bytes", "memory_used_bytes", "gauge", "bytes", "Memory that is taken"),
-    Metric("llm_host_memory_total_bytes", "memory_total_bytes", "gauge", "bytes", "Memory of this host"),
+    Metric("llm_host_cpu_utilization_ratio", "cpu_utilization_ratio", "gauge", "0 to 1", "Share of all cores that is busy"),
+    Metric("llm_host_process_cpu_cores", "process_cpu_cores", "gauge", "cores", "Time on cores that this process uses, per second"),
     Metric("llm_host_process_memory_bytes", "process_memory_bytes", "gauge", "bytes", "Memory of this process"),
-    Metric("llm_host_disk_free_bytes", "disk_free_bytes", "gauge", "bytes", "Room for checkpoints"),
-    Metric("llm_host_network_sent_bytes_total", "network_sent_bytes_total", "counter", "bytes", "Sent over all links"),
-    Metric("llm_host_network_received_bytes_total", "network_received_bytes_total", "counter", "bytes", "Received over all links"),
-    Metric("llm_host_gpu_busy_ratio", "gpu0_busy_ratio", "gauge", "0 to 1", "Share of time in which some kernel ran"),
+    Metric("llm_host_memory_available_bytes", "memory_available_bytes", "gauge", "bytes", "Memory that can be had without swapping"),
+    Metric("llm_host_disk_free_bytes", "disk_free_bytes", "gauge", "bytes", "Room for checkpoints of this run"),
+    Metric("llm_host_disk_read_bytes_per_second", "disk_read_bytes_per_second", "gauge", "bytes per second", "Read from all drives"),
+    Metric("llm_host_disk_written_bytes_per_second", "disk_written_bytes_per_second", "gauge", "bytes per second", "Written to all drives"),
+    Metric("llm_host_network_sent_bytes_per_second", "network_sent_bytes_per_second", "gauge", "bytes per second", "Sent over all links"),
+    Metric("llm_host_network_received_bytes_per_second", "network_received_bytes_per_second", "gauge", "bytes per second", "Received over all links"),
+    Metric("llm_host_infiniband_sent_bytes_per_second", "infiniband_sent_bytes_per_second", "gauge", "bytes per second", "Sent over all InfiniBand ports"),
+    Metric("llm_host_infiniband_received_bytes_per_second", "infiniband_received_bytes_per_second", "gauge", "bytes per second", "Received over all InfiniBand ports"),
+    Metric("llm_host_gpu_utilization_ratio", "gpu0_utilization_ratio", "gauge", "0 to 1", "Share of time in which some kernel ran"),
     Metric("llm_host_gpu_memory_used_bytes", "gpu0_memory_used_bytes", "gauge", "bytes", "Memory taken on a GPU"),
-    Metric("llm_host_gpu_memory_total_bytes", "gpu0_memory_total_bytes", "gauge", "bytes", "Memory of a GPU"),
     Metric("llm_host_gpu_power_watts", "gpu0_power_watts", "gauge", "watts", "Power that a GPU draws"),
     Metric("llm_host_gpu_temperature_celsius", "gpu0_temperature_celsius", "gauge", "degrees Celsius", "Temperature of a GPU"),
-    Metric("llm_host_gpu_throttled", "gpu0_throttled", "gauge", "1 or 0", "Does a GPU slow itself down, for heat or power"),
+    Metric("llm_host_gpu_throttled", "gpu0_throttled", "gauge", "1 or 0", "Does something slow a GPU, heat or power"),
 )
 
 def host_metric(
@@ -208,7 +213,7 @@ def host_metric(
     return "llm_host_" + re.sub(r"\W", "_", name),device[2] if device else ""
 
 # %% ../nbs/05f_monitoring.ipynb #8a4b9d19
-_BUCKETS = *(m*10**e for e in (-2, -1, 0, 1) for m in (1, 2.5, 5)),100.,250.,500. # seconds
+_BUCKETS = .01, .025, .05, .1, .25, .5, 1., 2.5, 5., 10., 25., 50., 100., 250., 500. # seconds
 
 class _Tally:
     "The last row, and sums over all rows."
@@ -232,7 +237,7 @@ def _family(m:Metric, labels:Sequence[str])->object:
     "An empty metric as the client library has it, with its description and, where the name ends in it, its unit."
     core = _need("prometheus_client.core", "the Prometheus exporter")
     made = dict(gauge=core.GaugeMetricFamily, counter=core.CounterMetricFamily, histogram=core.HistogramMetricFamily)[m.kind]
-    unit = next((u for u in ("nats_per_token", "tokens", "updates", "seconds", "ratio", "bytes", "watts", "celsius") if m.name.removesuffix("_total").endswith(f"_{u}")), "")
+    unit = next((u for u in ("nats_per_token", "tokens", "updates", "bytes_per_second", "seconds", "ratio", "bytes", "watts", "celsius", "cores") if m.name.removesuffix("_total").endswith(f"_{u}")), "")
     return made(m.name.removesuffix("_total"), f"{m.does} ({m.unit})", labels=labels, unit=unit)
 
 def _training(tally:_Tally, who:list[str])->Iterator[object]:
@@ -329,8 +334,8 @@ class Alarm:
 def _span(seconds:float)->str:
     "A duration as PromQL writes it."
     for unit,size in (("h", 3600), ("m", 60), ("s", 1)):
-        if seconds % size == 0: return f"{seconds/size:.0f}{unit}"
-    return f"{seconds*1000:.0f}ms"
+        if seconds >= size and seconds % size == 0: return f"{seconds/size:.0f}{unit}"
+    return f"{seconds*1000:.0f}ms" if seconds else "0s"
 
 def records(
     slow_step:float=60, # seconds that an update may take at most
@@ -353,10 +358,10 @@ def alarms(
               "{{ $labels.run }} answers and makes no updates", "look for a rank that waits: py-spy dump, or the collective's own timeout"),
         Alarm("ExporterDown", 'up{job="llm_scratch"} == 0', 2, "page",
               "{{ $labels.run }} does not answer, and was not closed", "start it again, it goes on from its last checkpoint; read the end of its log"),
-        Alarm("MemoryNearlyFull", "llm_host_memory_used_bytes / llm_host_memory_total_bytes > 0.95", 1, "page",
-              "a host of {{ $labels.run }} is out of memory soon", "see whether it grows: fewer loader processes, or a leak"),
+        Alarm("MemoryNearlyFull", "llm_host_memory_available_bytes < 1e9", 1, "page",
+              "a host of {{ $labels.run }} has less than 1 GB of memory left", "see whether it grows: fewer loader processes, or a leak"),
         Alarm("DiskNearlyFull", "llm_host_disk_free_bytes < 20e9", 5, "page",
-              "a host of {{ $labels.run }} has room for few checkpoints", "delete old checkpoints, keep fewer"),
+              "the disk of {{ $labels.run }} has less than 20 GB left", "delete old checkpoints, keep fewer"),
         Alarm("LossSpike", f"increase(llm_train_loss_spikes_total[{w}]) > 0", 0, "ticket",
               "the loss of {{ $labels.run }} jumped", "see whether it comes back; if not, go back and skip these batches"),
         Alarm("GradientGrows", f"llm_train_gradient_norm > 10 * quantile_over_time(0.5, llm_train_gradient_norm[{long}])", 1, "ticket",
@@ -402,18 +407,18 @@ PANELS = ( # title, Grafana's unit, and what to draw: PromQL and its legend
     ("Gradient norm", "none", (('llm_train_gradient_norm{run=~"$run"}', "{{run}}"),)),
     ("Tokens per second", "none", (('run:llm_train_tokens:rate{run=~"$run"}', "{{run}}"),)),
     ("Learning rate, share of the full one", "percentunit", (('llm_train_learning_rate_ratio{run=~"$run"}', "{{run}}"),)),
-    ("Seconds per update", "s", (('histogram_quantile(0.5, sum by (run, le) (rate(llm_train_step_seconds_bucket{run=~"$run"}[$__rate_interval])))', "{{run}} half"),
+    ("Seconds per update", "s", (('run:llm_train_step_seconds:mean{run=~"$run"}', "{{run}} mean"), ('histogram_quantile(0.5, sum by (run, le) (rate(llm_train_step_seconds_bucket{run=~"$run"}[$__rate_interval])))', "{{run}} half"),
                                  ('histogram_quantile(0.95, sum by (run, le) (rate(llm_train_step_seconds_bucket{run=~"$run"}[$__rate_interval])))', "{{run}} 95 of 100"))),
     ("MFU", "percentunit", (('llm_train_mfu_ratio{run=~"$run"}', "{{run}}"),)),
     ("Updates", "none", (('llm_train_updates{run=~"$run"}', "{{run}}"),)),
     ("Spikes and numbers that are none", "none", (('llm_train_loss_spikes_total{run=~"$run"}', "{{run}} spikes"), ('llm_train_nonfinite_updates_total{run=~"$run"}', "{{run}} not finite"))),
     ("Since the last update", "s", (('time() - llm_train_last_update_timestamp_seconds{run=~"$run"}', "{{run}}"), ('up{job="llm_scratch"}', "{{run}} up"), ('llm_host_sampler_up{run=~"$run"}', "{{run}} sampler up"))),
-    ("GPU busy", "percentunit", (('llm_host_gpu_busy_ratio{run=~"$run"}', "{{run}} {{device}}"),)),
-    ("GPU memory", "bytes", (('llm_host_gpu_memory_used_bytes{run=~"$run"}', "{{run}} {{device}}"), ('llm_host_gpu_memory_total_bytes{run=~"$run"}', "{{run}} {{device}} total"))),
+    ("GPU busy", "percentunit", (('llm_host_gpu_utilization_ratio{run=~"$run"}', "{{run}} {{device}}"),)),
+    ("GPU memory", "bytes", (('llm_host_gpu_memory_used_bytes{run=~"$run"}', "{{run}} {{device}}"),)),
     ("GPU temperature, power, throttling", "none", (('llm_host_gpu_temperature_celsius{run=~"$run"}', "{{device}} °C"), ('llm_host_gpu_power_watts{run=~"$run"}', "{{device}} W"), ('llm_host_gpu_throttled{run=~"$run"}', "{{device}} throttled"))),
-    ("Processor busy", "percentunit", (('llm_host_cpu_busy_ratio{run=~"$run"}', "{{run}} {{rank}}"),)),
-    ("Memory", "bytes", (('llm_host_memory_used_bytes{run=~"$run"}', "{{run}} host"), ('llm_host_memory_total_bytes{run=~"$run"}', "{{run}} total"), ('llm_host_process_memory_bytes{run=~"$run"}', "{{run}} process {{rank}}"))),
-    ("Network and disk", "Bps", (('rate(llm_host_network_sent_bytes_total{run=~"$run"}[$__rate_interval])', "{{run}} sent"), ('rate(llm_host_network_received_bytes_total{run=~"$run"}[$__rate_interval])', "{{run}} received"), ('llm_host_disk_free_bytes{run=~"$run"}', "{{run}} disk free"))),
+    ("Processor", "none", (('llm_host_cpu_utilization_ratio{run=~"$run"}', "{{run}} share that is busy"), ('llm_host_process_cpu_cores{run=~"$run"}', "{{run}} {{rank}} cores"))),
+    ("Memory and disk", "bytes", (('llm_host_memory_available_bytes{run=~"$run"}', "{{run}} memory left"), ('llm_host_process_memory_bytes{run=~"$run"}', "{{run}} {{rank}} process"), ('llm_host_disk_free_bytes{run=~"$run"}', "{{run}} disk left"))),
+    ("Network, InfiniBand and drives", "Bps", tuple((f'llm_host_{what}_bytes_per_second{{run=~"$run"}}', f"{{{{run}}}} {what.replace('_', ' ')}") for what in ("network_sent", "network_received", "infiniband_sent", "infiniband_received", "disk_read", "disk_written"))),
 )
 
 # %% ../nbs/05f_monitoring.ipynb #a0435cde
@@ -476,3 +481,209 @@ def ask_prometheus(
     try:
         with urllib.request.urlopen(f"{url}/api/v1/{what}?{urllib.parse.urlencode(params)}", timeout=30) as answer: return json.load(answer)["data"]
     except urllib.error.HTTPError as e: raise UserError(f"prometheus refuses {what} {params}: {json.load(e)['error']}") from None
+
+# %% ../nbs/05f_monitoring.ipynb #f3ada7af
+class TensorBoard:
+    "Event files for TensorBoard."
+    def __init__(self,
+        folder:str|Path, # of the event files
+        resume_step:int=0, # rows after this update, in files that are there already, are hidden; 0 begins anew
+    ):
+        self._writer = _need("torch.utils.tensorboard", "TensorBoard").SummaryWriter(str(folder), purge_step=resume_step+1, flush_secs=10)
+
+    def log(self,
+        step:int, # updates made so far
+        values:dict[str, float], # numbers
+    )->None:
+        "Add one point to each curve, under `train/NAME`."
+        for name,x in values.items(): self._writer.add_scalar(f"train/{name}", float(x), step)
+
+    def close(self)->None:
+        "Write what is still in memory."
+        self._writer.close()
+
+# %% ../nbs/05f_monitoring.ipynb #d485cdc2
+class WandB:
+    "A run for Weights & Biases, offline unless you say otherwise, and without a look at your code or your machine."
+    def __init__(self,
+        folder:str|Path, # gets a folder `wandb`
+        *,
+        run:str="run", # name that the server shows
+        config:dict|None=None, # what the run was made with
+        project:str="llm_scratch", # group of runs
+        mode:str|None=None, # `offline`, `online`, ...; None is what WANDB_MODE says, else offline
+    ):
+        os.environ.setdefault("WANDB_ERROR_REPORTING", "false") # else a crash of the client is told to its makers
+        wandb = _need("wandb", "Weights & Biases")
+        home = Path(folder)/"wandb"
+        if not (home/"id.json").exists(): write_json(home/"id.json", secrets.token_hex(4))
+        self.id = read_json(home/"id.json")
+        quiet = dict(console="off", silent=True, save_code=False, disable_code=True, disable_git=True, disable_job_creation=True, host="unnamed",
+                     x_disable_stats=True, x_disable_meta=True, x_disable_machine_info=True, x_save_requirements=False)
+        settings = wandb.Settings(mode=mode or os.environ.get("WANDB_MODE") or "offline", root_dir=str(folder), **quiet)
+        self._run = wandb.init(project=project, name=run, id=self.id, resume="allow", config=config or {}, settings=settings)
+
+    def log(self,
+        step:int, # updates made so far
+        values:dict[str, float], # numbers
+    )->None:
+        "Add one row to the history of the run."
+        self._run.log({name:x if isinstance(x, int) else float(x) for name,x in values.items()}, step=step)
+
+    def close(self)->None:
+        "Write the last row and end the run."
+        self._run.finish()
+
+# %% ../nbs/05f_monitoring.ipynb #040af2a6
+def _records(data:bytes)->Iterator[bytes]:
+    "The whole records of a `.wandb` file: a header of 7 bytes, then a log of 32 KiB blocks as LevelDB has it."
+    at,so_far = 7,b""
+    while at+7 <= len(data):
+        if (left := 2**15 - at%2**15) < 7: at += left; continue # too little room for a header: filled up with zeros
+        checksum,n,kind = struct.unpack_from("<IHB", data, at)
+        piece = data[at+7:at+7+n]
+        if len(piece) < n or zlib.crc32(piece, zlib.crc32(bytes([kind]))) != checksum: return # cut off, or damaged
+        at,so_far = at+7+n,piece if kind in (1, 2) else so_far+piece # whole, first; middle, last
+        if kind in (1, 4): yield so_far
+
+def read_wandb(
+    path:str|Path, # a file `run-ID.wandb`, of a run that may have been killed
+)->list[dict[str, float]]: # `step` and what was logged with it, oldest first
+    "The rows that an offline run of Weights & Biases holds."
+    messages,data,rows = _need("wandb.proto.wandb_internal_pb2", "reading Weights & Biases"),Path(path).read_bytes(),[]
+    if data[:4] != b":W&B": raise UserError(f"{path} is not a file of Weights & Biases: it begins with {data[:4]!r}")
+    for record in map(messages.Record.FromString, _records(data)):
+        if record.WhichOneof("record_type") != "history": continue
+        values = {item.key or "/".join(item.nested_key):json.loads(item.value_json) for item in record.history.item}
+        rows.append(dict(step=int(values["_step"])) | {name:float(x) if isinstance(x, str) else x for name,x in sorted(values.items()) if not name.startswith("_")})
+    return rows
+
+# %% ../nbs/05f_monitoring.ipynb #0eb4f38f
+class _Several:
+    "Passes every row on, and bears with those who can't take it."
+    def __init__(self, monitors:Sequence[Monitor]): self.monitors,self.failing = list(monitors),set()
+
+    def _try(self, monitor:Monitor, method:str, *args)->bool: # did it work
+        try: getattr(monitor, method)(*args)
+        except Exception as e:
+            if monitor not in self.failing: logging.getLogger("llm_scratch").warning("%s failed (%s: %s); training goes on %s", type(monitor).__name__, type(e).__name__, str(e).split("\n")[0], "and it is tried again" if isinstance(monitor, JsonLines) else "without it")
+            self.failing.add(monitor)
+            return False
+        self.failing.discard(monitor)
+        return True
+
+    def log(self, step:int, values:dict[str, float])->None:
+        for m in list(self.monitors):
+            if not self._try(m, "log", step, values) and not isinstance(m, JsonLines):
+                self.monitors.remove(m)
+                self._try(m, "close")
+
+    def close(self)->None:
+        for m in self.monitors: self._try(m, "close")
+
+def several(
+    monitors:Sequence[Monitor], # none is fine, too
+)->Monitor: # never raises
+    "One monitor that passes every row on to all, and goes on without those who fail."
+    return _Several(monitors)
+
+# %% ../nbs/05f_monitoring.ipynb #7fbb7624
+def _open_prometheus(rest:str, local_rank:int, **how)->PrometheusExporter:
+    "An exporter from `PORT`, `HOST:PORT`, and maybe a `+`."
+    host,_,port = rest.removesuffix("+").rpartition(":")
+    if not port.isdecimal() or int(port) > 65535: raise UserError(f"prometheus:{rest} names no port: give prometheus:9400, or prometheus:0 for any that is free, or prometheus:0.0.0.0:9400 to be seen by other machines")
+    return PrometheusExporter(int(port)+local_rank*(int(port) > 0), host=host or "127.0.0.1", **how)
+
+def open_monitors(
+    spec:str, # names with commas between: jsonl, tensorboard, wandb or wandb:MODE, prometheus:PORT or prometheus:HOST:PORT or either with a + behind it
+    folder:str|Path, # of the run
+    *,
+    resume_step:int=0, # the update that the run goes on from
+    config:dict|None=None, # what the run was made with
+    rank:int=0, # of this process; only 0 logs
+    local_rank:int=0, # of this process on its host
+    sample:Callable[[], dict[str, float]]|None=None, # measures the hardware
+    targets:str|Path|None=None, # folder for the files that tell Prometheus where to ask; None is `prometheus-targets` beside `folder`
+)->Monitor: # never raises once it is open
+    "The monitors of a run; the log, `folder/log.jsonl`, is always among them."
+    folder,opened = Path(folder),[]
+    folder.mkdir(parents=True, exist_ok=True)
+    run = folder.absolute().name
+    hardware = lambda: (sample() if sample else {}) | dict(disk_free_bytes=float(shutil.disk_usage(folder).free))
+    how = dict(run=run, rank=rank, step=resume_step, sample=hardware, targets=targets or folder.absolute().parent/"prometheus-targets")
+    makers = dict(jsonl=lambda rest: JsonLines(folder/"log.jsonl", resume_step), tensorboard=lambda rest: TensorBoard(folder/"tensorboard", resume_step),
+                  wandb=lambda rest: WandB(folder, run=run, config=config, mode=rest or None), prometheus=lambda rest: _open_prometheus(rest, local_rank, **how))
+    parts = dict(part.strip().partition(":")[::2] for part in f"jsonl,{spec}".split(",") if part.strip())
+    if unknown := parts.keys() - makers.keys(): raise UserError(f"there is no monitor {', '.join(sorted(unknown))}: there are {', '.join(makers)}")
+    try:
+        for name,rest in parts.items():
+            if rank == 0 or rest.endswith("+"): opened.append(makers[name](rest))
+    except BaseException:
+        several(opened).close()
+        raise
+    return several(opened)
+
+# %% ../nbs/05f_monitoring.ipynb #709a5134
+class Tail:
+    "The rows of a log that grows, read piece by piece."
+    def __init__(self,
+        path:str|Path, # of the log; may not be there yet
+    ): self.path,self.rows,self._at,self._file = Path(path),[],0,None
+
+    def more(self)->int: # how many rows are new
+        "Read what has come since; a log that was cut or replaced is read from its beginning."
+        if not self.path.exists(): return 0
+        with open(self.path, "rb") as f:
+            stat = os.fstat(f.fileno())
+            if self._file != stat.st_ino or stat.st_size < self._at: self.rows,self._at,self._file = [],0,stat.st_ino
+            f.seek(self._at)
+            data = f.read()
+        whole = data[:data.rfind(b"\n")+1]
+        new = [_row(line, self.path, len(self.rows)+n) for n,line in enumerate(whole.splitlines(), 1)]
+        self.rows,self._at = self.rows+new,self._at+len(whole)
+        return len(new)
+
+# %% ../nbs/05f_monitoring.ipynb #b8223be1
+def run_picture(
+    rows:Sequence[dict[str, float]], # of a log
+    most:int=500, # points of a curve; more are thinned out, spikes never
+)->"matplotlib.figure.Figure": # loss, gradient norm, tokens per second, learning rate
+    "Four curves of a run, spikes marked."
+    from matplotlib.figure import Figure
+    fig = Figure(figsize=(8, 1.9), layout="constrained")
+    scores = spike_scores([row.get("loss", math.nan) for row in rows])
+    shown = [(row, z) for n,(row,z) in enumerate(zip(rows, scores)) if n % max(1, len(rows)//most) == 0 or z > SPIKE]
+    curves = {"loss, nats per token":lambda r: r.get("loss"), "gradient norm":lambda r: r.get("grad_norm"), "learning rate, share":lambda r: r.get("lr"),
+              "tokens per second":lambda r: r["n_tokens"]/r["seconds"] if r.get("seconds") and "n_tokens" in r else None}
+    for ax,(title,value) in zip(fig.subplots(1, 4), curves.items()):
+        points = [(row["step"], y) for row,_ in shown if (y := value(row)) is not None]
+        ax.plot(*zip(*points) if points else ([], []), lw=.8)
+        for row,z in shown:
+            if z > SPIKE: ax.axvline(row["step"], color="C3", lw=.8, ls=":")
+        ax.set(title=title, ylim=(0, None), xlabel="update")
+        ax.title.set_fontsize(9)
+    return fig
+
+# %% ../nbs/05f_monitoring.ipynb #cf1d9551
+def watch_run(
+    path:str|Path, # `log.jsonl` of a run, which may still go on
+    every:float=2, # seconds between two looks
+)->"ipywidgets.VBox": # the picture, a line below it, and a button that stops the looking
+    "Watch a run from a notebook: no server, no account, only its log."
+    import ipywidgets as widgets
+    tail,picture,said,stop,ended = Tail(path),widgets.HTML(),widgets.Label(),widgets.Button(description="stop"),threading.Event()
+    def look():
+        if tail.more() or not said.value:
+            svg = io.StringIO()
+            run_picture(tail.rows).savefig(svg, format="svg")
+            picture.value = svg.getvalue()[svg.getvalue().index("<svg"):]
+        last = tail.rows[-1] if tail.rows else {}
+        since = f", {time.time()-tail.path.stat().st_mtime:.0f} s ago" if last else ""
+        said.value = f"update {last.get('step', 0):,}, loss {last.get('loss', math.nan):.4g}{since}"
+    def looks():
+        while not ended.wait(every):
+            with suppress(OSError, UserError): look()
+    look()
+    stop.on_click(lambda _: ended.set())
+    threading.Thread(target=looks, daemon=True).start()
+    return widgets.VBox([picture, said, stop])
