@@ -522,6 +522,7 @@ class WandB:
                      x_disable_stats=True, x_disable_meta=True, x_disable_machine_info=True, x_save_requirements=False)
         settings = wandb.Settings(mode=mode or os.environ.get("WANDB_MODE") or "offline", root_dir=str(folder), **quiet)
         self._run = wandb.init(project=project, name=run, id=self.id, resume="allow", config=config or {}, settings=settings)
+        self._teardown = wandb.teardown
 
     def log(self,
         step:int, # updates made so far
@@ -531,8 +532,9 @@ class WandB:
         self._run.log({name:x if isinstance(x, int) else float(x) for name,x in values.items()}, step=step)
 
     def close(self)->None:
-        "Write the last row and end the run."
+        "End the run, and wait until its file is whole."
         self._run.finish()
+        self._teardown()
 
 # %% ../nbs/05f_monitoring.ipynb #040af2a6
 def _records(data:bytes)->Iterator[bytes]:
