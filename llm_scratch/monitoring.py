@@ -273,6 +273,11 @@ def free_port(
     "A port to listen on."
     with socket.create_server((host, 0)) as s: return s.getsockname()[1]
 
+def _where(host:str, port:int)->str:
+    "How others name a page of this machine."
+    return f"{socket.gethostname() if host in ('0.0.0.0', '::', '') else host}:{port}" # a host that listens everywhere is known by its name
+
+# %% ../nbs/05f_monitoring.ipynb #91c5e039
 class PrometheusExporter:
     "A web page with the numbers of this run, for Prometheus to fetch."
     def __init__(self,
@@ -294,7 +299,7 @@ class PrometheusExporter:
             self._server,self._thread = client.start_http_server(port, addr=host, registry=registry)
         except OSError as e: raise UserError(f"can't listen on port {port} of {host} ({e.strerror}): give another port, or 0 for any that is free") from None
         self.port,self._target = self._server.server_port,targets and Path(targets)/f"{re.sub(r'[^a-zA-Z0-9_.-]', '_', run)}-{rank}.json"
-        if targets: write_json(self._target, [dict(targets=[f"{socket.gethostname() if host in ('0.0.0.0', '::', '') else host}:{self.port}"], labels=dict(run=run, rank=str(rank)))])
+        if targets: write_json(self._target, [dict(targets=[_where(host, self.port)], labels=dict(run=run, rank=str(rank)))])
 
     def describe(self)->list: # nothing can be said before the first row
         "What the registry asks for at the start."
@@ -472,6 +477,7 @@ def local_prometheus(
             yield f"http://{url}"
         finally: server.kill()
 
+# %% ../nbs/05f_monitoring.ipynb #78759c14
 def ask_prometheus(
     url:str, # of the server
     what:str, # such as `query`, `alerts`, `targets`
