@@ -6,8 +6,8 @@
 __all__ = ['SPIKE', 'METRICS', 'HOST_METRICS', 'PANELS', 'Monitor', 'to_line', 'read_rows', 'cut_rows', 'JsonLines', 'robust_z',
            'spike_scores', 'alarm_states', 'Metric', 'host_metric', 'free_port', 'PrometheusExporter', 'Alarm',
            'records', 'alarms', 'rules_text', 'prometheus_text', 'dashboard', 'write_monitoring', 'local_prometheus',
-           'ask_prometheus', 'TensorBoard', 'WandB', 'read_wandb', 'several', 'open_monitors', 'Tail', 'run_picture',
-           'watch_run']
+           'ask_prometheus', 'TensorBoard', 'WandB', 'read_wandb', 'Monitors', 'several', 'open_monitors', 'Tail',
+           'run_picture', 'watch_run']
 
 # %% ../nbs/05f_monitoring.ipynb #e3f674d6
 import errno
@@ -318,6 +318,10 @@ class PrometheusExporter:
         "Hold a row ready."
         with self._lock: self._tally.add(step, values)
 
+    def stay_listed(self)->None:
+        "Leave the file where it is when closed: this run has not ended, it broke."
+        self._target = None
+
     def close(self)->None:
         "Stop listening, and take back the file that says where."
         if self._target: self._target.unlink(missing_ok=True)
@@ -567,9 +571,11 @@ def read_wandb(
     return rows
 
 # %% ../nbs/05f_monitoring.ipynb #0eb4f38f
-class _Several:
-    "Passes every row on, and bears with those who can't take it."
-    def __init__(self, monitors:Sequence[Monitor]): self.monitors,self.failing = list(monitors),set()
+class Monitors:
+    "Passes every row on, and bears with those who can't take it; as a context it is closed at the end, and an error is told to those who must know."
+    def __init__(self,
+        monitors:Sequence[Monitor], # none is fine, too
+    ): self.monitors,self.failing = list(monitors),set()
 
     def _try(self, monitor:Monitor, method:str, *args)->bool: # did it work
         try: getattr(monitor, method)(*args)
@@ -580,20 +586,33 @@ class _Several:
         self.failing.discard(monitor)
         return True
 
-    def log(self, step:int, values:dict[str, float])->None:
+    def log(self,
+        step:int, # updates made so far
+        values:dict[str, float], # numbers
+    )->None:
+        "Pass a row on; never raises."
         for m in list(self.monitors):
             if not self._try(m, "log", step, values) and not isinstance(m, JsonLines):
                 self.monitors.remove(m)
                 self._try(m, "close")
 
     def close(self)->None:
+        "Close all; never raises."
         for m in self.monitors: self._try(m, "close")
+
+    def __enter__(self)->"Monitors": return self
+
+    def __exit__(self, kind:type|None, error:BaseException|None, _)->None:
+        broke = not (error is None or isinstance(error, (KeyboardInterrupt, GeneratorExit)) or isinstance(error, SystemExit) and not error.code) # those are somebody's will
+        for m in self.monitors:
+            if broke and isinstance(m, PrometheusExporter): m.stay_listed()
+        self.close()
 
 def several(
     monitors:Sequence[Monitor], # none is fine, too
-)->Monitor: # never raises
+)->Monitors: # never raises
     "One monitor that passes every row on to all, and goes on without those who fail."
-    return _Several(monitors)
+    return Monitors(monitors)
 
 # %% ../nbs/05f_monitoring.ipynb #7fbb7624
 def _open_prometheus(rest:str, local_rank:int, **how)->PrometheusExporter:
@@ -612,7 +631,7 @@ def open_monitors(
     local_rank:int=0, # of this process on its host
     sample:Callable[[], dict[str, float]]|None=None, # measures the hardware
     targets:str|Path|None=None, # folder for the files that tell Prometheus where to ask; None is `prometheus-targets` beside `folder`
-)->Monitor: # never raises once it is open
+)->Monitors: # never raises once it is open
     "The monitors of a run; the log, `folder/log.jsonl`, is always among them."
     folder,opened = Path(folder),[]
     folder.mkdir(parents=True, exist_ok=True)

@@ -657,6 +657,20 @@ def test_closing_never_fails(caplog):
     assert len(caplog.records) == 2  # said once
 
 
+@pytest.mark.parametrize(("error", "listed"), [(None, False), (KeyboardInterrupt(), False), (GeneratorExit(), False), (SystemExit(), False), (SystemExit(1), True), (ValueError("loss nan"), True), (MemoryError(), True)])
+def test_a_run_that_breaks_stays_listed(tmp_path, error, listed):
+    pytest.importorskip("prometheus_client")
+    guest, raised = Guest(), None
+    try:
+        with open_monitors("prometheus:0", tmp_path/"run") as monitor:
+            monitor.monitors.insert(1, guest)
+            monitor.log(1, VALUES)
+            if error: raise error
+    except BaseException as e: raised = e
+    assert raised is error and guest.closed == 1 and not monitor.monitors[-1]._thread.is_alive()
+    assert (tmp_path/"prometheus-targets"/"run-0.json").exists() == listed
+
+
 def test_ctrl_c_is_not_swallowed():
     with pytest.raises(KeyboardInterrupt): several([Guest(fails=(1,), error=KeyboardInterrupt)]).log(1, VALUES)
 
