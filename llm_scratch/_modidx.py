@@ -677,6 +677,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                         'llm_scratch.monitoring._records': ('monitoring.html#_records', 'llm_scratch/monitoring.py'),
                                         'llm_scratch.monitoring._row': ('monitoring.html#_row', 'llm_scratch/monitoring.py'),
                                         'llm_scratch.monitoring._score': ('monitoring.html#_score', 'llm_scratch/monitoring.py'),
+                                        'llm_scratch.monitoring._serve': ('monitoring.html#_serve', 'llm_scratch/monitoring.py'),
                                         'llm_scratch.monitoring._span': ('monitoring.html#_span', 'llm_scratch/monitoring.py'),
                                         'llm_scratch.monitoring._training': ('monitoring.html#_training', 'llm_scratch/monitoring.py'),
                                         'llm_scratch.monitoring._where': ('monitoring.html#_where', 'llm_scratch/monitoring.py'),

@@ -278,6 +278,14 @@ def _where(host:str, port:int)->str:
     return f"{socket.gethostname() if host in ('0.0.0.0', '::', '') else host}:{port}" # a host that listens everywhere is known by its name
 
 # %% ../nbs/05f_monitoring.ipynb #91c5e039
+def _serve(registry:object, host:str, port:int)->tuple[object, threading.Thread]: # the server, and the thread that it runs in
+    "Serve a registry; `UserError` when the address is taken."
+    try:
+        with socket.create_server((host, port)): pass # a server that shares ports would not notice
+        return _need("prometheus_client", "the Prometheus exporter").start_http_server(port, addr=host, registry=registry)
+    except OSError as e: raise UserError(f"can't listen on port {port} of {host} ({e.strerror}): give another port, or 0 for any that is free") from None
+
+# %% ../nbs/05f_monitoring.ipynb #d2849e40
 class PrometheusExporter:
     "A web page with the numbers of this run, for Prometheus to fetch."
     def __init__(self,
@@ -290,14 +298,10 @@ class PrometheusExporter:
         sample:Callable[[], dict[str, float]]|None=None, # measures the hardware, at each scrape
         targets:str|Path|None=None, # folder for the file that tells Prometheus where to ask; None writes none
     ):
-        client = _need("prometheus_client", "the Prometheus exporter")
+        registry = _need("prometheus_client", "the Prometheus exporter").CollectorRegistry()
         self.who,self.sample,self._tally,self._lock = [run, str(rank)],sample,_Tally(step),threading.Lock()
-        registry = client.CollectorRegistry()
         registry.register(self)
-        try:
-            with socket.create_server((host, port)): pass # a server that shares ports would not notice
-            self._server,self._thread = client.start_http_server(port, addr=host, registry=registry)
-        except OSError as e: raise UserError(f"can't listen on port {port} of {host} ({e.strerror}): give another port, or 0 for any that is free") from None
+        self._server,self._thread = _serve(registry, host, port)
         self.port,self._target = self._server.server_port,targets and Path(targets)/f"{re.sub(r'[^a-zA-Z0-9_.-]', '_', run)}-{rank}.json"
         if targets: write_json(self._target, [dict(targets=[_where(host, self.port)], labels=dict(run=run, rank=str(rank)))])
 

@@ -562,6 +562,19 @@ def test_wandb_offline_is_read_back_and_keeps_its_id(tmp_path, monkeypatch):
     with pytest.raises(UserError, match="is not a file of Weights & Biases"): read_wandb(copy)
 
 
+def test_wandb_is_whole_when_it_is_closed(tmp_path, monkeypatch):
+    "Its `finish` returns before its process has written the file, four times in ten; our `close` waits for that process to end."
+    pytest.importorskip("wandb")
+    psutil = pytest.importorskip("psutil")
+    monkeypatch.delenv("WANDB_MODE", raising=False)
+    for n in range(8):
+        run = WandB(tmp_path/str(n))
+        for s in (1, 2, 3): run.log(s, VALUES)
+        run.close()
+        assert [len(read_wandb(f)) for f in wandb_files(tmp_path/str(n))] == [3]
+        assert [p for p in psutil.Process().children(recursive=True) if p.is_running() and p.status() != psutil.STATUS_ZOMBIE and "wandb" in p.name()] == []
+
+
 def test_wandb_tells_nothing_of_the_user(tmp_path, monkeypatch):
     "Neither in the file nor in what it would send: no code, no packages, no paths, no host, nothing that is printed, no file but the rows."
     pytest.importorskip("wandb")
