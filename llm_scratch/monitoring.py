@@ -558,7 +558,7 @@ def _records(data:bytes)->Iterator[bytes]:
         if (left := 2**15 - at%2**15) < 7: at += left; continue # too little room for a header: filled up with zeros
         checksum,n,kind = struct.unpack_from("<IHB", data, at)
         piece = data[at+7:at+7+n]
-        if len(piece) < n or zlib.crc32(piece, zlib.crc32(bytes([kind]))) != checksum: return # cut off, or damaged
+        if zlib.crc32(piece, zlib.crc32(bytes([kind]))) != checksum: return # cut off, or damaged
         at,so_far = at+7+n,piece if kind in (1, 2) else so_far+piece # whole, first; middle, last
         if kind in (1, 4): yield so_far
 

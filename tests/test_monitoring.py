@@ -8,12 +8,13 @@ import re
 import shutil
 import signal
 import socket
+import struct
 import subprocess
 import sys
 import threading
 import time
 import urllib.request
-from itertools import pairwise
+import zlib
 from pathlib import Path
 from statistics import median
 
@@ -190,6 +191,11 @@ def test_a_tail_follows_its_log(tmp_path):
     log = JsonLines(path, 1)  # goes on from the first update: the file is another one
     log.log(2, dict(loss=9.))
     assert tail.more() == 2 and [r["step"] for r in tail.rows] == [1, 2] and tail.rows[1]["loss"] == 9
+    (tmp_path/"new").write_bytes(b"".join(to_line(n, VALUES) for n in range(5, 15)))
+    os.replace(tmp_path/"new", path)  # another file, and longer
+    assert tail.more() == 10 and [r["step"] for r in tail.rows] == [*range(5, 15)]
+    path.write_bytes(to_line(1, VALUES))  # the same file, and shorter
+    assert tail.more() == 1 and [r["step"] for r in tail.rows] == [1]
 
 
 # --- spikes and alarms ---------------------------------------------------------------------------------------------
@@ -567,12 +573,52 @@ def test_wandb_is_whole_when_it_is_closed(tmp_path, monkeypatch):
     pytest.importorskip("wandb")
     psutil = pytest.importorskip("psutil")
     monkeypatch.delenv("WANDB_MODE", raising=False)
-    for n in range(8):
+    for n in range(2):
         run = WandB(tmp_path/str(n))
         for s in (1, 2, 3): run.log(s, VALUES)
         run.close()
         assert [len(read_wandb(f)) for f in wandb_files(tmp_path/str(n))] == [3]
         assert [p for p in psutil.Process().children(recursive=True) if p.is_running() and p.status() != psutil.STATUS_ZOMBIE and "wandb" in p.name()] == []
+
+
+def in_blocks(records):
+    "A `.wandb` file as LevelDB's description of its log has it: blocks of 32 KiB, a record cut into first, middle and last where it does not fit, less than 7 bytes left filled with zeros."
+    data = bytearray(b":W&B\xe1\xbe\x00")
+    for record in records:
+        rest, begun = record, False
+        while True:
+            room = 2**15 - len(data) % 2**15
+            if room < 7:
+                data += bytes(room)
+                room = 2**15
+            piece, rest = rest[:room-7], rest[room-7:]
+            kind = {(False, False): 1, (False, True): 2, (True, True): 3, (True, False): 4}[begun, bool(rest)]
+            data += struct.pack("<IHB", zlib.crc32(bytes([kind])+piece), len(piece), kind) + piece
+            begun = True
+            if not rest: break
+    return bytes(data)
+
+
+@FEW
+@given(st.lists(st.sampled_from([0, 1, 100, 2**15-21, 2**15-20, 2**15-16, 2**15-14, 2**15-7, 2**15, 2**16, 70_000]), max_size=5), st.integers(0, 9))
+def test_records_of_any_size_are_read(sizes, shift):
+    records = [bytes([n % 251])*max(0, size-shift) for n, size in enumerate(sizes)]
+    assert [*monitoring._records(in_blocks(records))] == records
+
+
+def test_wandb_is_asked_to_look_at_nothing(tmp_path, monkeypatch):
+    wandb = pytest.importorskip("wandb")
+    given_, run = [], type("Run", (), dict(finish=lambda self: given_.append("finished")))()
+    for name in ("WANDB_MODE", "WANDB_ERROR_REPORTING"): monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(wandb, "init", lambda **how: given_.append(how) or run)
+    monkeypatch.setattr(wandb, "teardown", lambda: given_.append("ended"))
+    WandB(tmp_path, run="night", config=dict(a=1), project="p").close()
+    how, *rest = given_
+    s = how["settings"]
+    assert (how["project"], how["name"], how["config"], how["resume"]) == ("p", "night", dict(a=1), "allow") and len(how["id"]) == 8 and rest == ["finished", "ended"]
+    assert s.mode == "offline" and s.console == "off" and s.save_code is False and s.host == "unnamed" and s.x_save_requirements is False and str(s.root_dir) == str(tmp_path)
+    for name in ("disable_code", "disable_git", "disable_job_creation", "x_disable_stats", "x_disable_meta", "x_disable_machine_info"): assert getattr(s, name) is True, name
+    assert os.environ["WANDB_ERROR_REPORTING"] == "false"
 
 
 def test_wandb_tells_nothing_of_the_user(tmp_path, monkeypatch):
@@ -737,7 +783,7 @@ def test_other_ranks(tmp_path):
         assert [kinds(m) for m in many] == [["PrometheusExporter"]]*2 and [m.monitors[0].port for m in many] == [port, port+1]
         assert 'rank="9"' in page(many[1].monitors[0]) and sorted(p.name for p in (tmp_path/"prometheus-targets").iterdir()) == ["run-8.json", "run-9.json"]
         free = [open_monitors("prometheus:0+", tmp_path/"free", rank=r, local_rank=r) for r in (0, 1)]
-        assert len({m.monitors[-1].port for m in free} | {port, port+1}) == 4
+        assert len({m.monitors[-1].port for m in free} | {port, port+1}) == 4 and min(m.monitors[-1].port for m in free) > 1023
         for m in free: m.close()
     finally:
         for m in many: m.close()
