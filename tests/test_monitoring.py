@@ -446,7 +446,8 @@ def test_every_alarm_fires_on_its_failure_and_on_no_other(tmp_path):
     tests.append(dict(name="between", interval="15s", input_series=[dict(series=s, values=v) for s, v in (WELL | {f"llm_train_nonfinite_updates_total{WHO}": between}).items()], alert_rule_test=[fires("LossIsNaN", HOUR+1)]))
     rate = dict(expr="round(run:llm_train_tokens:rate)", eval_time="1h", exp_samples=[dict(labels='{run="r"}', value=4000)])
     tests[0]["promql_expr_test"] = [rate]
-    (tmp_path/"test.yml").write_text(json.dumps(dict(rule_files=[str(DEPLOY/"rules.yml")], evaluation_interval="15s", tests=tests)))
+    (tmp_path/"rules.yml").write_text(rules_text(), encoding="utf-8")  # which are those that are shipped, see above
+    (tmp_path/"test.yml").write_text(json.dumps(dict(rule_files=["rules.yml"], evaluation_interval="15s", tests=tests)))
     done = subprocess.run(["promtool", "test", "rules", tmp_path/"test.yml"], capture_output=True, text=True, timeout=120, check=False)
     assert done.returncode == 0, (done.stdout+done.stderr)[:4000]
 
@@ -492,6 +493,7 @@ def test_a_real_server_fires_the_alarms(tmp_path):
             def firing(): return {(a["labels"]["run"], a["labels"]["alertname"]) for a in ask_prometheus(url, "alerts")["alerts"] if a["state"] == "firing"}
             assert until(lambda: len(query("up == 1")) == 4), (tmp_path/"server"/"prometheus.log").read_text()
             assert {r["metric"]["run"] for r in query("llm_train_updates")} == set(kinds) and {r["metric"]["rank"] for r in query("up")} == {"0"}
+            assert query('{exported_run!=""}') == []  # the file and the page agree on who this is
             processes["killed"].kill()
             expected = {("nan", "LossIsNaN"), ("hangs", "TrainingStalled"), ("killed", "ExporterDown")}
             assert until(lambda: firing() >= expected), firing()
