@@ -475,8 +475,8 @@ def local_prometheus(
     "A Prometheus server on this machine only, with the rules of this chapter, stopped at the end; `UserError` when the program is missing."
     program,folder = shutil.which("prometheus"),write_monitoring(Path(folder).absolute(), slow_step=slow_step, every=every, targets=Path(targets).absolute())
     if program is None: raise UserError("the program prometheus is missing: install it (Debian: apt-get install prometheus), or read the log with watch_run")
-    url = f"127.0.0.1:{free_port()}"
-    with open(folder/"prometheus.log", "wb") as out, subprocess.Popen([program, f"--config.file={folder/'prometheus.yml'}", f"--storage.tsdb.path={folder/'data'}", f"--web.listen-address={url}", "--log.level=warn"], stdout=out, stderr=out) as server:
+    url,dies_with_us = f"127.0.0.1:{free_port()}",["setpriv", "--pdeathsig", "KILL"] if shutil.which("setpriv") else []
+    with open(folder/"prometheus.log", "wb") as out, subprocess.Popen([*dies_with_us, program, f"--config.file={folder/'prometheus.yml'}", f"--storage.tsdb.path={folder/'data'}", f"--web.listen-address={url}", "--log.level=warn"], stdout=out, stderr=out) as server:
         try:
             while server.poll() is None:
                 with suppress(OSError), urllib.request.urlopen(f"http://{url}/-/ready", timeout=5): break

@@ -475,7 +475,7 @@ kind, folder = sys.argv[1:]
 exporter = PrometheusExporter(run=kind, targets=folder, sample=lambda: {m.key: 0. if "throttled" in m.key else 1e12 for m in HOST_METRICS})
 signal.signal(signal.SIGTERM, lambda *_: sys.exit())
 try:
-    for step in range(1, 10**9):
+    for step in range(1, 4_000):
         if kind != "hangs" or step < 30: exporter.log(step, dict(loss=math.nan if kind == "nan" and step > 40 else 3., lr=1., grad_norm=1., n_tokens=1000, seconds=.05, mfu=.4, validation_loss=3.))
         time.sleep(.05)
 finally: exporter.close()
@@ -526,6 +526,18 @@ def test_a_server_that_is_missing_or_does_not_start_is_said(tmp_path, monkeypatc
     needs("prometheus")
     monkeypatch.setattr(monitoring, "rules_text", lambda slow_step: "groups: {")
     with pytest.raises(UserError, match="prometheus does not start"), local_prometheus(tmp_path, targets=tmp_path): pass
+
+
+def test_a_server_dies_with_its_owner(tmp_path):
+    needs("prometheus", "setpriv")
+    program = "import os, signal, sys\nfrom llm_scratch.monitoring import local_prometheus\nwith local_prometheus(sys.argv[1], targets=sys.argv[1]) as url:\n    print(url, flush=True)\n    os.kill(os.getpid(), signal.SIGKILL)\n"
+    done = subprocess.run([sys.executable, "-c", program, tmp_path], capture_output=True, text=True, timeout=90, env=ENV, check=False)
+    assert done.returncode == -signal.SIGKILL and done.stdout.startswith("http://127.0.0.1:")
+
+    def gone():
+        try: urllib.request.urlopen(f"{done.stdout.strip()}/-/ready", timeout=5)
+        except OSError: return True
+    assert until(gone, 20)
 
 
 # --- TensorBoard and Weights & Biases ------------------------------------------------------------------------------
