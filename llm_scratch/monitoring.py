@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['SPIKE', 'METRICS', 'HOST_METRICS', 'PANELS', 'Monitor', 'to_line', 'read_rows', 'cut_rows', 'JsonLines', 'robust_z',
-           'spike_scores', 'alarm_states', 'Metric', 'host_metric', 'free_port', 'PrometheusExporter', 'Alarm',
-           'records', 'alarms', 'rules_text', 'prometheus_text', 'dashboard', 'write_monitoring', 'local_prometheus',
-           'ask_prometheus', 'TensorBoard', 'WandB', 'read_wandb', 'Monitors', 'several', 'open_monitors', 'Tail',
-           'run_picture', 'watch_run']
+           'spike_scores', 'alarm_states', 'Metric', 'host_metric', 'PrometheusExporter', 'Alarm', 'records', 'alarms',
+           'rules_text', 'prometheus_text', 'dashboard', 'write_monitoring', 'local_prometheus', 'ask_prometheus',
+           'TensorBoard', 'WandB', 'read_wandb', 'Monitors', 'several', 'open_monitors', 'Tail', 'run_picture',
+           'watch_run']
 
 # %% ../nbs/05f_monitoring.ipynb #e3f674d6
 import errno
@@ -267,7 +267,7 @@ def _hardware(sample:Callable[[], dict[str, float]], who:list[str])->Iterator[ob
     yield from families.values()
 
 # %% ../nbs/05f_monitoring.ipynb #93855461
-def free_port(
+def _free_port(
     host:str="127.0.0.1", # an address of this machine
 )->int: # a port on which nobody listens now
     "A port to listen on."
@@ -475,7 +475,7 @@ def local_prometheus(
     "A Prometheus server on this machine only, with the rules of this chapter, stopped at the end; `UserError` when the program is missing."
     program,folder = shutil.which("prometheus"),write_monitoring(Path(folder).absolute(), slow_step=slow_step, every=every, targets=Path(targets).absolute())
     if program is None: raise UserError("the program prometheus is missing: install it (Debian: apt-get install prometheus), or read the log with watch_run")
-    url,dies_with_us = f"127.0.0.1:{free_port()}",["setpriv", "--pdeathsig", "KILL"] if shutil.which("setpriv") else []
+    url,dies_with_us = f"127.0.0.1:{_free_port()}",["setpriv", "--pdeathsig", "KILL"] if shutil.which("setpriv") else []
     with open(folder/"prometheus.log", "wb") as out, subprocess.Popen([*dies_with_us, program, f"--config.file={folder/'prometheus.yml'}", f"--storage.tsdb.path={folder/'data'}", f"--web.listen-address={url}", "--log.level=warn"], stdout=out, stderr=out) as server:
         try:
             while server.poll() is None:

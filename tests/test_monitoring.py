@@ -791,7 +791,7 @@ def test_other_ranks(tmp_path):
     quiet.log(1, VALUES)
     quiet.close()
     assert kinds(quiet) == [] and [*(tmp_path/"run").iterdir()] == []
-    port = monitoring.free_port()
+    port = monitoring._free_port()
     many = [open_monitors(f"jsonl,prometheus:{port}+", tmp_path/"run", rank=8+r, local_rank=r, sample=all_samples) for r in (0, 1)]
     try:
         assert [kinds(m) for m in many] == [["PrometheusExporter"]]*2 and [m.monitors[0].port for m in many] == [port, port+1]
