@@ -39,6 +39,7 @@ MAY_IMPORT = {
     "checkpointing": {"core"},
     "distributed": {"architecture"},
     "infrastructure": {"core", "architecture", "data"},  # the sizes of a decoder; the doctor tells which sources are in the cache
+    "monitoring": {"core"},
     "pretraining": {"core"},
     "evaluation": {"core"},
     "pipeline": {"core", "architecture", "generation", "interchange", "llamacpp", "data", "sources", "cleaning", "privacy", "curation", "duplicates", "tokenization", "fastbpe", "pretraining", "evaluation"},
@@ -46,6 +47,7 @@ MAY_IMPORT = {
 HEAVY = {"datasets", "tokenizers", "matplotlib", "rich", "typer", "ipywidgets", "transformers", "evaluate", "IPython", "pandas", "nbdev", "numba", "gguf", "xllamacpp",
          "resiliparse", "trafilatura", "fastwarc", "ftfy", "py3langid", "lingua", "charset_normalizer", "datatrove", "datasketch", "sklearn", "pyarrow", "tiktoken",
          "psutil", "pynvml"}
+         "tensorboard", "wandb", "prometheus_client", "psutil", "pynvml"}
 HEAVY_BUT_ALLOWED = {"pipeline": {"typer"}, "compiled": {"numba"}, "fastbpe": {"numba"}}  # the command line is made of typer's annotations, compiled functions of numba's decorator
 SECONDS = 2  # of CPU time beyond `import torch`, generous
 
