@@ -184,7 +184,9 @@ def megatron_config(
                  rotary_interleaved=False, hidden_dropout=0., attention_dropout=0.)
     plain = dict(use_cpu_initialization=True, persist_layer_norm=False) | dict.fromkeys(
         ("bias_dropout_fusion", "bias_activation_fusion", "masked_softmax_fusion", "gradient_accumulation_fusion", "apply_rope_fusion"), False)
-    return TransformerConfig(**sizes | parts | plain | dict(tensor_model_parallel_size=tp) | more)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore") # about fields that we leave at their defaults
+        return TransformerConfig(**sizes | parts | plain | dict(tensor_model_parallel_size=tp) | more)
 
 # %% ../nbs/05g_megatron.ipynb #meg00028
 class FusedCore(nn.Module):
