@@ -12,7 +12,7 @@ __all__ = ['weave', 'unweave', 'megatron_names', 'padded_vocab', 'check_tp', 'to
 import shutil
 import warnings
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import asdict, replace
 from itertools import accumulate
 from pathlib import Path
@@ -223,8 +223,8 @@ def megatron_model(
 # %% ../nbs/05g_megatron.ipynb #meg00030
 @contextmanager
 def cpu_cuda_stubs()->Iterator[None]:
-    "Within the block, the two CUDA calls that Megatron-Core makes unasked answer for a CPU; `RuntimeError` where there is CUDA."
-    if torch.cuda.is_available(): raise RuntimeError("this machine has CUDA, and cpu_cuda_stubs would hide it from everyone: leave it out")
+    "Within the block, the two CUDA calls that Megatron-Core makes unasked answer for a CPU; `UserError` where there is CUDA."
+    if torch.cuda.is_available(): raise UserError("this bridge works on CPUs, and here is CUDA: start again with CUDA_VISIBLE_DEVICES= (empty); on GPUs Megatron-LM builds its own model")
     real = {name:getattr(torch.cuda, name) for name in ("current_device", "synchronize")}
     torch.cuda.current_device,torch.cuda.synchronize = lambda: torch.device("cpu"),lambda device=None: None
     try: yield
@@ -235,15 +235,15 @@ def cpu_cuda_stubs()->Iterator[None]:
 def model_parallel(
     tp:int=1, # ranks that share each layer; divides the number of processes
 )->Iterator[int]: # this process's place among them
-    "Within the block, Megatron-Core knows its ranks, and works without CUDA; one process alone needs no launcher."
+    "Within the block, Megatron-Core knows its ranks and works on CPUs; one process alone needs no launcher."
     import torch.distributed as dist
     _need_megatron()
     from megatron.core import parallel_state
     is_mine,alone = not dist.is_initialized(),{} if dist.is_torchelastic_launched() else dict(store=dist.HashStore(), rank=0, world_size=1)
-    if is_mine: dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo", **alone)
-    with nullcontext() if torch.cuda.is_available() else cpu_cuda_stubs(), warnings.catch_warnings():
+    with cpu_cuda_stubs(), warnings.catch_warnings():
         warnings.filterwarnings("ignore", module=r"megatron\.")
         warnings.simplefilter("ignore", FutureWarning) # ways of torch that Megatron-Core still goes
+        if is_mine: dist.init_process_group("gloo", **alone)
         try:
             if dist.get_world_size() % tp: raise UserError(f"tp={tp} does not divide {dist.get_world_size()} processes: start a multiple of {tp}")
             parallel_state.initialize_model_parallel(tensor_model_parallel_size=tp)
