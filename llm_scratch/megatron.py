@@ -78,6 +78,7 @@ def check_tp(
     "`ValueError` when a layer of these sizes can't be shared by so many ranks."
     if tp < 1 or cfg.n_heads % tp or cfg.d_ff % tp: raise ValueError(f"tp={tp} must divide n_heads={cfg.n_heads} and d_ff={cfg.d_ff}: each rank takes equally many heads and columns")
     if cfg.n_kv_heads % tp and tp % cfg.n_kv_heads: raise ValueError(f"tp={tp} and n_kv_heads={cfg.n_kv_heads}: one must divide the other")
+    if (rows := (cfg.n_heads+2*cfg.n_kv_heads)*cfg.d_head) % tp: raise ValueError(f"tp={tp} does not divide the {rows} rows of all queries, keys and values: n_heads={cfg.n_heads}, n_kv_heads={cfg.n_kv_heads}, d_head={cfg.d_head}")
 
 # %% ../nbs/05g_megatron.ipynb #meg00016
 def _shapes(cfg:ModelConfig, is_tied:bool)->dict[str, tuple[int, ...]]: # of our tensors

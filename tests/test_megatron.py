@@ -133,6 +133,7 @@ def test_another_model_is_refused_by_the_name_of_a_tensor():
     with pytest.raises(ValueError, match="d_ff=81"): check_tp(replace(CFG, d_ff=81), 2)
     with pytest.raises(ValueError, match="n_kv_heads=3"): check_tp(replace(CFG, n_heads=6, n_kv_heads=3), 2)
     check_tp(replace(CFG, n_kv_heads=1), 4)
+    with pytest.raises(ValueError, match="the 10 rows of all queries, keys and values"): check_tp(replace(CFG, n_heads=3, n_kv_heads=1, d_head=2, d_ff=81), 3)
     with pytest.raises(ValueError, match="160 rows, and world=32 asks for a multiple of 64"): megatron_shard({"mlp.linear_fc1.weight": torch.zeros(160, 3)}, 0, 32)
     with pytest.raises(ValueError, match="10 columns, and world=4"): megatron_shard({"mlp.linear_fc2.weight": torch.zeros(3, 10)}, 0, 4)
 
