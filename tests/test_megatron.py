@@ -249,6 +249,18 @@ def test_torch_alone_reads_them_bit_for_bit(two, kind, tp):
     assert find_checkpoint(two[1]/f"{kind.__name__} tp {tp}").name == f"iter_000000{tp}"
 
 
+def test_the_way_home_needs_no_megatron(two):
+    code = f"""
+import sys
+sys.modules["megatron"] = None
+from llm_scratch.architecture import ModelConfig
+from llm_scratch.megatron import load_megatron
+print(sum(p.numel() for p in load_megatron({str(two[1]/"Decoder tp 2")!r}, {CFG!r}).parameters()))
+"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=os.environ | dict(PYTHONPATH=str(ROOT)), capture_output=True, text=True, timeout=200, check=False)
+    assert done.stdout.strip() == str(n_params(CFG)), done.stderr
+
+
 def test_layers_by_themselves_and_gate_and_up_apart_are_understood(two):
     import torch.distributed.checkpoint as dcp
     names = dcp.FileSystemReader(two[1]/"apart").read_metadata().state_dict_metadata
