@@ -42,12 +42,14 @@ MAY_IMPORT = {
     "monitoring": {"core"},
     "pretraining": {"core"},
     "evaluation": {"core"},
+    "megatron": {"core", "architecture", "families", "interchange", "tokenization"},  # weights one way, tokens the other, and a model's folder home
     "pipeline": {"core", "architecture", "generation", "interchange", "llamacpp", "data", "sources", "cleaning", "privacy", "curation", "duplicates", "tokenization", "fastbpe", "pretraining", "evaluation"},
 }
 HEAVY = {"datasets", "tokenizers", "matplotlib", "rich", "typer", "ipywidgets", "transformers", "evaluate", "IPython", "pandas", "nbdev", "numba", "gguf", "xllamacpp",
          "resiliparse", "trafilatura", "fastwarc", "ftfy", "py3langid", "lingua", "charset_normalizer", "datatrove", "datasketch", "sklearn", "pyarrow", "tiktoken",
          "psutil", "pynvml"}
          "tensorboard", "wandb", "prometheus_client", "psutil", "pynvml"}
+         "resiliparse", "trafilatura", "fastwarc", "ftfy", "py3langid", "lingua", "charset_normalizer", "datatrove", "datasketch", "sklearn", "pyarrow", "tiktoken", "megatron"}
 HEAVY_BUT_ALLOWED = {"pipeline": {"typer"}, "compiled": {"numba"}, "fastbpe": {"numba"}}  # the command line is made of typer's annotations, compiled functions of numba's decorator
 SECONDS = 2  # of CPU time beyond `import torch`, generous
 
