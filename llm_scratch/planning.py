@@ -6,7 +6,7 @@
 __all__ = ['BUCKET', 'CHIPS', 'OPERATIONS', 'REACH', 'LATENCY', 'state_bytes', 'block_params', 'matrix_params', 'moment_bytes',
            'block_activation_bytes', 'end_activation_bytes', 'gpt_layer_bytes', 'checkpoint_blocks', 'keep_blocks',
            'Layout', 'Memory', 'tides', 'peak_memory', 'peak_bytes', 'Chip', 'Machines', 'room', 'traffic', 'StepTime',
-           'step_time', 'TrainingPlan', 'plan_training', 'launch_command', 'plan_rows', 'plan_text', 'tokens_to_hide']
+           'step_time', 'TrainingPlan', 'plan_training', 'start_command', 'plan_rows', 'plan_text', 'tokens_to_hide']
 
 # %% ../nbs/05a_planning.ipynb #p1a00004
 import math
@@ -230,7 +230,7 @@ def peak_bytes(
         most = max(most, alive)
     return most
 
-# %% ../nbs/05a_planning.ipynb #p1a00042
+# %% ../nbs/05a_planning.ipynb #p1a00044
 @dataclass(frozen=True)
 class Chip:
     "What one rank computes with. Rates are what the maker promises, without sparsity; `dataclasses.replace` puts in what you measured."
@@ -255,7 +255,7 @@ CHIPS = {chip.name:chip for chip in (
     Chip("laptop", 1e11, 1e11, 16e9, 50e9, 10e9, 30, 0., "a guess: put in what `llm-scratch doctor` measures", reserved=.5e9),
 )}
 
-# %% ../nbs/05a_planning.ipynb #p1a00045
+# %% ../nbs/05a_planning.ipynb #p1a00047
 @dataclass(frozen=True)
 class Machines:
     "Nodes of equal chips."
@@ -275,7 +275,7 @@ def room(
     "What a rank can use: a twentieth is lost to fragments, and something is reserved."
     return .95*chip.memory - chip.reserved
 
-# %% ../nbs/05a_planning.ipynb #p1a00047
+# %% ../nbs/05a_planning.ipynb #p1a00049
 def traffic(
     cfg:ModelConfig, # the sizes
     lay:Layout, # how a step lies on ranks
@@ -292,7 +292,7 @@ def traffic(
     shared = M*(4*passes*cfg.n_layers*stream + 4*lay.batch_size*seq_len*cfg.vocab_size)
     return per_step*(N-1)/N, shared*(t-1)/t
 
-# %% ../nbs/05a_planning.ipynb #p1a00051
+# %% ../nbs/05a_planning.ipynb #p1a00053
 OPERATIONS = 53,89 # that a block of ours starts in its forward and in its backward pass
 REACH = .8 # share of a link's promised rate that a ring reaches; an assumption, `preflight` measures it
 LATENCY = 20e-6 # seconds that a collective takes whatever it carries; an assumption
@@ -338,7 +338,7 @@ def step_time(
         updating = touched/(2*machines.host_link)
     return StepTime(busy, starting, sending, max(0., sending - hides*busy), sharing, updating)
 
-# %% ../nbs/05a_planning.ipynb #p1a00056
+# %% ../nbs/05a_planning.ipynb #p1a00058
 @dataclass(frozen=True)
 class TrainingPlan:
     "How to train, and what it takes."
@@ -382,7 +382,7 @@ class TrainingPlan:
         return dict(engine=lay.engine, precision=lay.precision, batch_size=lay.batch_size, n_micro=lay.n_micro) | (dict(zero_stage=lay.stage) if lay.engine == "deepspeed" else {}) \
             | (dict(tp=lay.tp) if lay.tp > 1 else {}) | (dict(checkpoint=True) if lay.checkpoint else {}) | (dict(offload=True) if lay.offload else {})
 
-# %% ../nbs/05a_planning.ipynb #p1a00058
+# %% ../nbs/05a_planning.ipynb #p1a00060
 def _layouts(cfg:ModelConfig, machines:Machines, optimizer:str, precision:str)->list[Layout]:
     "All ways to lie on the ranks that the engines know, the simplest first."
     n,lay = machines.n_ranks,partial(Layout, n_ranks=machines.n_ranks, optimizer=optimizer, precision=precision)
@@ -409,10 +409,11 @@ def _refusal(cfg:ModelConfig, machines:Machines, ways:list[Layout], seq_len:int,
     shared = [way for way in ways if n_texts % way.n_data == 0]
     if not shared: return UserError(f"{n_texts} texts per step cannot be shared by {machines.n_ranks} ranks: give {machines.n_ranks*max(1, round(n_texts/machines.n_ranks))*seq_len} tokens per step")
     least = min(peak_memory(cfg, replace(way, batch_size=size, n_micro=n_texts//way.n_data//size), seq_len).total for way in shared for size in {1, n_texts//way.n_data})
-    text = f"{n_params(cfg)/1e9:.3g} billion weights and one text of {seq_len} tokens need {least/1e9:.1f} GB per rank at the least, and a {machines.chip.name} has room for {room(machines.chip)/1e9:.1f} GB"
+    text = f"{n_params(cfg)/1e9:.3g} billion weights and one text of {seq_len} tokens need {least/1e9:.1f} GB per rank at the least, and each {machines.chip.name} has room for {room(machines.chip)/1e9:.1f} GB"
     for nodes in (machines.n_nodes*2**i for i in range(1, 11)):
         more = replace(machines, n_nodes=nodes)
-        if any(_fitting(cfg, way, more, seq_len, nodes*machines.per_node) for way in _layouts(cfg, more, ways[0].optimizer, ways[0].precision)):
+        texts = n_texts if n_texts % more.n_ranks == 0 else more.n_ranks
+        if any(_fitting(cfg, way, more, seq_len, texts) for way in _layouts(cfg, more, ways[0].optimizer, ways[0].precision)):
             return UserError(f"{text}: {more.n_ranks} of them would fit it")
     return UserError(f"{text}: no number of them fits it, give shorter texts or larger chips")
 
@@ -439,7 +440,12 @@ def plan_training(
             return TrainingPlan(cfg, machines, found, seq_len, n_tokens, peak_memory(cfg, found, seq_len), step_time(cfg, found, seq_len, machines, efficiency), efficiency)
     raise _refusal(cfg, machines, ways, seq_len, n_texts)
 
-# %% ../nbs/05a_planning.ipynb #p1a00059
+# %% ../nbs/05a_planning.ipynb #p1a00061
+def _short(x:float)->str: # three digits that count, and a word for thousands of thousands
+    for size,word in ((1e12, " trillion"), (1e9, " billion"), (1e6, " million")):
+        if x >= size: return f"{x/size:.3g}{word}"
+    return f"{x:,.0f}" if x >= 100 else f"{x:.3g}"
+
 def _gigabytes(memory:Memory)->str:
     parts = {name:getattr(memory, name)/1e9 for name in ("weights", "gradients", "optimizer", "activations", "temporary")}
     return ", ".join(f"{name} {x:.3g}" for name,x in parts.items())
@@ -455,12 +461,14 @@ def _notes(plan:TrainingPlan)->list[str]:
     if plan.tokens_per_step > 8e6: notes.append("more than 8 million tokens per step seldom help: see the critical batch size")
     return notes
 
-def launch_command(
+def start_command(
     plan:TrainingPlan, # from `plan_training`
     run:str="runs/plan", # the folder of the run
 )->str: # for each node
     "The command that starts the training."
-    program,lay = f"llm_scratch pretrain --run {run} --engine {plan.layout.engine}",plan.layout
+    lay = plan.layout
+    options = {"--engine":lay.engine, "--precision":lay.precision, "--zero-stage":lay.stage if lay.engine == "deepspeed" else 0, "--tp":lay.tp if lay.tp > 1 else 0}
+    program = " ".join([f"llm_scratch pretrain --run {run}", *(f"{name} {value}" for name,value in options.items() if value), *(["--offload"] if lay.offload else [])])
     return f"python -m {program}" if lay.n_ranks == 1 else f"torchrun --nnodes {plan.machines.n_nodes} --nproc-per-node {plan.machines.per_node} -m {program}"
 
 def plan_rows(
@@ -470,7 +478,7 @@ def plan_rows(
     cfg,lay,machines,time,memory = plan.cfg,plan.layout,plan.machines,plan.time,plan.memory
     chip = machines.chip
     return [
-        ("model", f"{n_params(cfg)/1e9:.3g} billion weights, {training_flops_per_token(cfg, plan.seq_len)/1e9:.3g} GFLOP per token"),
+        ("model", f"{_short(n_params(cfg))} weights, {_short(training_flops_per_token(cfg, plan.seq_len))} FLOP per token"),
         ("machines", f"{machines.n_nodes} x {machines.per_node} {chip.name}"),
         ("settings", ", ".join(f"{k}={v}" for k,v in plan.settings.items())),
         ("step", f"{lay.n_data} parts x {lay.n_micro} micro-batches x {lay.batch_size} texts x {plan.seq_len} = {plan.tokens_per_step:,} tokens"),
@@ -478,10 +486,10 @@ def plan_rows(
         ("of it", _gigabytes(memory)),
         ("time", f"{time.total:.3g} s per step: passes {time.busy:.3g}, waiting for links {time.waiting:.3g}, shared matrices {time.sharing:.3g}, update {time.updating:.3g}"),
         ("speed", f"{plan.tokens_per_second:,.0f} tokens per second, {plan.mfu:.1%} of the peak (assumed: {plan.efficiency:.0%} while computing)"),
-        ("run", f"{plan.n_tokens:.3g} tokens = {plan.n_steps:,} steps = {plan.hours:,.1f} hours = {plan.chip_hours:,.0f} chip hours"),
-        ("energy", f"{plan.kilowatt_hours:,.1f} kWh for the chips alone"),
-        ("money", f"{plan.dollars:,.0f} dollars at {chip.dollars} per chip and hour" if chip.dollars else "no price known: give dollars per chip and hour"),
-        ("launch", launch_command(plan)),
+        ("run", f"{_short(plan.n_tokens)} tokens = {plan.n_steps:,} steps = {_short(plan.hours)} hours = {_short(plan.chip_hours)} chip hours"),
+        ("energy", f"{_short(plan.kilowatt_hours)} kWh for the chips alone"),
+        ("money", f"{_short(plan.dollars)} dollars at {chip.dollars} per chip and hour" if chip.dollars else "no price known: give dollars per chip and hour"),
+        ("start", start_command(plan)),
         *(("note", note) for note in _notes(plan))]
 
 def plan_text(
@@ -490,7 +498,7 @@ def plan_text(
     "A plan as `llm-scratch plan-training` prints it."
     return "\n".join(f"{what:9} {how_much}" for what,how_much in plan_rows(plan))
 
-# %% ../nbs/05a_planning.ipynb #p1a00072
+# %% ../nbs/05a_planning.ipynb #p1a00074
 def tokens_to_hide(
     chip:Chip, # of each rank
     link:float, # bytes per second of the slowest link, one way
