@@ -202,10 +202,11 @@ def tides(
     visit = lambda blocks: b*(blocks*in_block + in_ends) if lay.stage == 3 else 0
     bucket = lay.bytes_per_number*BUCKET if lay.engine == "deepspeed" else 0
     reduce = (4 if lay.precision == "bf16" else 0)*in_block if lay.stage == 3 else 0
+    guests = 3 if holds else 4 # blocks: the one in work, the next as it arrived and as it is laid out, and gradients on their way out when they have no place of their own
     at = lambda moment, gradients, activations, temporary: Memory(moment, weights, optimizer, gradients, activations, temporary + buffers + bucket)
     return [at("loss", made(0), kept(L) + ends, 2*logits + visit(1) + casts),
-            at("last block", made(0), kept(L) + again, head + through + visit(4) + reduce + casts),
-            at("first block", made((L-1)*in_block), kept(1) + again, head + through + visit(4) + reduce),
+            at("last block", made(0), kept(L) + again, head + through + visit(guests) + reduce + casts),
+            at("first block", made((L-1)*in_block), kept(1) + again, head + through + visit(guests) + reduce),
             at("embedding", made(L*in_block), 0, 3*head + (head if holds else 0) + visit(0)),
             at("update", 4*n/N if lay.engine == "deepspeed" else made(n), 0, _update_bytes(cfg, lay) + (8*n/N if lay.engine == "deepspeed" else 0))]
 

@@ -170,7 +170,8 @@ def counted(name, which):
 
 def weigh(cfg, lay, seq_len, bucket):
     torch.set_num_threads(1)
-    if lay.n_ranks > 1:
+    if lay.engine == "ddp": dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1) # the fake group has no answer for its hooks
+    elif lay.n_ranks > 1:
         dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=lay.n_ranks)
         for name in ("all_gather_into_tensor", "all_gather_single"):
             if hasattr(dist, name): counted(name, "output_tensor")
@@ -198,7 +199,7 @@ print("weighed", json.dumps([fresh(ModelConfig(**cfg), Layout(**lay), seq_len, b
 def weigh(jobs, tmp_path, bucket=0):
     path = tmp_path/"scale.py"
     path.write_text(SCALE, encoding="utf-8")
-    environment = os.environ | dict(PYTHONPATH=str(ROOT), DS_ACCELERATOR="cpu", TORCH_EXTENSIONS_DIR=str(tmp_path/"ext"), OMP_NUM_THREADS="1", RANK="0", LOCAL_RANK="0", WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT="1")
+    environment = os.environ | dict(PYTHONPATH=str(ROOT), DS_ACCELERATOR="cpu", KINETO_LOG_LEVEL="6", TORCH_EXTENSIONS_DIR=str(tmp_path/"ext"), OMP_NUM_THREADS="1", RANK="0", LOCAL_RANK="0", WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT="1")
     done = subprocess.run([sys.executable, path], input=json.dumps([[(asdict(c), asdict(lay), T) for c, lay, T in jobs], bucket]), env=environment, capture_output=True, text=True, encoding="utf-8", timeout=500)
     line = [line for line in done.stdout.splitlines() if line.startswith("weighed")]
     assert line, done.stderr[-3000:]
@@ -226,10 +227,204 @@ def test_deepspeed_on_the_scale(tmp_path):
     pytest.importorskip("deepspeed", reason="deepspeed is not installed")
     jobs = [(WIDE, Layout("deepspeed", 2, 1), 64), (WIDE, Layout("deepspeed", 2, 2, precision="bf16", n_micro=2), 64), (ENDS, Layout("deepspeed", 4, 1, batch_size=2), 256)]
     import llm_scratch.planning as planning
-    for bucket in (10**6, 10**7):
-        for (cfg, lay, T), (peak, _) in zip(jobs[:2 if bucket > 10**6 else 3], weigh(jobs, tmp_path, bucket)):
+    for bucket in (10**5, 4*10**6):
+        for (cfg, lay, T), (peak, _) in zip(jobs, weigh(jobs[:3 if bucket == 10**5 else 2], tmp_path, bucket)):
             with pytest.MonkeyPatch.context() as patch:
                 patch.setattr(planning, "BUCKET", bucket)
                 m = peak_memory(cfg, lay, T)
             print(lay, bucket, f"{peak/1e6:.2f} MB, predicted {m.total/1e6:.2f}, {m.total/peak-1:+.1%}, {m.moment}")
             assert m.total/peak == pytest.approx(1, abs=.1), (lay, bucket)
+
+
+WEIGHED = [ # MB of the highest moment, as the allocator said once (torch 2.13, CPU); the two tests above weigh anew
+    (ENDS, Layout(batch_size=2), 256, 26.66), (ENDS, Layout(batch_size=2, checkpoint=True), 256, 18.36), (ENDS, Layout(batch_size=2, optimizer="muon"), 256, 25.87),
+    (WIDE, Layout(), 64, 170.03), (WIDE, Layout(optimizer="muon"), 64, 229.80), (WIDE, Layout(precision="bf16"), 64, 166.98), (WIDE, Layout("ddp", 4), 64, 181.82),
+    (WIDE, Layout("ddp", 2, precision="bf16"), 64, 196.99), (WIDE, Layout("fsdp", 4, 3, precision="bf16"), 64, 58.0), (WIDE, Layout("fsdp", 2, 3, n_micro=2), 64, 137.16), (WIDE, Layout("fsdp", 8, 3, n_micro=2), 64, 90.15),
+    (WIDE, Layout("fsdp", 2, 3), 64, 108.4), (WIDE, Layout("fsdp", 8, 3, checkpoint=True), 64, 50.8), (WIDE, Layout("fsdp", 8, 3, precision="bf16", checkpoint=True), 64, 41.8),
+    (DEEP, Layout("ddp", 2, batch_size=2), 256, 75.02), (DEEP, Layout(precision="bf16", batch_size=2, checkpoint=True), 256, 29.28), (DEEP, Layout("fsdp", 8, 3, n_micro=2, precision="bf16", batch_size=2), 256, 42.36)]
+
+
+@pytest.mark.parametrize("cfg, lay, T, megabytes", WEIGHED)
+def test_as_it_was_weighed(cfg, lay, T, megabytes):
+    near = .02 if lay.stage == 0 and lay.precision == "fp32" else .1
+    assert peak_memory(cfg, lay, T).total/1e6 == pytest.approx(megabytes, rel=near)
+
+
+# --- tides, traffic and time ---------------------------------------------------------------------------------------
+
+def test_a_layout_that_contradicts_itself_is_refused():
+    for wrong, what in ((dict(engine="horovod"), "plain, ddp, deepspeed, fsdp"), (dict(engine="ddp", stage=1), "no stage 1"), (dict(engine="fsdp"), "no stage 0"), (dict(precision="fp16"), "fp32 or bf16"),
+                        (dict(engine="fsdp", stage=3, n_ranks=6, tp=4), "divisor of 6"), (dict(engine="ddp", n_ranks=2, tp=2), "give fsdp"), (dict(offload=True), "give fsdp")):
+        with pytest.raises(UserError, match=what): Layout(**wrong)
+    assert Layout("fsdp", 8, 3, tp=2).n_data == 4 and Layout(precision="bf16").bytes_per_number == 2
+    with pytest.raises(UserError, match="adamw or muon"): moment_bytes(WIDE, "sgd")
+
+
+def test_states_in_tides_are_those_of_the_paper():
+    n = n_params(B7)
+    for lay, (w, g, o) in ((Layout("ddp", 8, precision="bf16"), (4*n, 4*n, 8*n)), (Layout("deepspeed", 8, 1, precision="bf16", n_micro=2), (2*n, 2*n, 12*n/8)), (Layout("deepspeed", 8, 2, precision="bf16", n_micro=2), (2*n, 2*n/8, 12*n/8)),
+                           (Layout("deepspeed", 8, 1, n_micro=2), (4*n, 4*n, 12*n/8)), (Layout("fsdp", 8, 3, precision="bf16"), (4*n/8, 0, 8*n/8)), (Layout("fsdp", 8, 3, n_micro=2), (4*n/8, 4*n, 8*n/8)), (Layout(n_micro=1), (4*n, 0, 8*n))):
+        m = tides(B7, lay, 64)[0]
+        assert m.moment == "loss" and (m.weights, m.gradients, m.optimizer) == (pytest.approx(w), pytest.approx(g), pytest.approx(o))
+        assert m.total == pytest.approx(m.weights + m.gradients + m.optimizer + m.activations + m.temporary)
+    assert peak_memory(B7, Layout(), 64).total == max(m.total for m in tides(B7, Layout(), 64))
+    away = peak_memory(B7, Layout("fsdp", 8, 3, offload=True), 64)
+    assert away.weights == away.optimizer == 0
+
+
+def test_shared_matrices_are_divided():
+    one, four = (tides(B7, Layout("fsdp", 8, 3, tp=t, precision="bf16"), 4096) for t in (1, 4))
+    logits = 2*4*4096*32000
+    assert four[0].activations == pytest.approx(one[0].activations/4 + .75*8192*0 + (end_activation_bytes(B7, 1, 4096, 2)*.75), rel=1e-6)
+    assert four[0].temporary > logits
+    assert four[0].weights == pytest.approx(one[0].weights, rel=1e-3) # 4 x fewer in each rank, over 4 x fewer ranks
+
+
+@given(st.sampled_from([Layout("ddp", 8), Layout("deepspeed", 8, 2, precision="bf16"), Layout("fsdp", 8, 3), Layout("fsdp", 8, 3, tp=2, precision="bf16")]), st.integers(1, 6), st.integers(1, 6))
+def test_more_texts_need_more_memory_and_checkpoints_less(lay, B, more):
+    m = lambda lay: peak_memory(B7, lay, 2048).total
+    assert m(replace(lay, batch_size=B)) < m(replace(lay, batch_size=B+more))
+    assert m(replace(lay, batch_size=B, checkpoint=True)) < m(replace(lay, batch_size=B))
+
+
+def test_volumes_of_the_zero_paper():
+    n, share = n_params(B7), 63/64
+    sent = lambda *a, **k: traffic(B7, Layout(*a, **k), 4096)[0]/share/n
+    assert sent("ddp", 64) == pytest.approx(8) and sent("ddp", 64, n_micro=9) == pytest.approx(8)
+    assert sent("deepspeed", 64, 1, precision="bf16") == sent("deepspeed", 64, 2, precision="bf16") == pytest.approx(4)
+    assert sent("deepspeed", 64, 1, precision="bf16", n_micro=3) == pytest.approx(4) and sent("deepspeed", 64, 2, precision="bf16", n_micro=3) == pytest.approx(8)
+    assert sent("fsdp", 64, 3) == pytest.approx(12, rel=.01) and sent("fsdp", 64, 3, n_micro=3) == pytest.approx(28, rel=.02) and sent("fsdp", 64, 3, precision="bf16") == pytest.approx(8, rel=.01)
+    assert traffic(B7, Layout(), 4096) == (0, 0)
+    stream, logits = 2*4096*4096, 4*4096*32000
+    for checkpoint, passes in ((False, 2), (True, 3)):
+        shared = traffic(B7, Layout("fsdp", 8, 3, tp=4, precision="bf16", n_micro=2, checkpoint=checkpoint), 4096)[1]
+        assert shared == pytest.approx(2*(32*4*passes*stream + logits)*3/4)
+
+
+def test_time_is_arithmetic_or_links():
+    alone = step_time(B7, Layout(precision="bf16"), 4096, Machines(A100), efficiency=.4)
+    assert alone.busy == pytest.approx(4096*training_flops_per_token(B7, 4096)/(A100.flops*.4)) and alone.waiting == alone.sending == alone.sharing == 0
+    assert step_time(B7, Layout(), 4096, Machines(A100)).busy == pytest.approx(4096*training_flops_per_token(B7, 4096)/(A100.flops32*.5))
+    assert 1.3 < step_time(B7, Layout(precision="bf16", checkpoint=True), 4096, Machines(A100)).busy/step_time(B7, Layout(precision="bf16"), 4096, Machines(A100)).busy < 4/3
+    small = step_time(GPT2, Layout(precision="bf16"), 64, Machines(A100))
+    assert small.busy == small.starting == pytest.approx(12*(53+89)*5e-6)
+    assert step_time(GPT2, Layout(precision="bf16", n_micro=3, checkpoint=True), 64, Machines(A100)).starting == pytest.approx(3*12*(2*53+89)*5e-6)
+    wide = Machines(A100, 8, 8)
+    for lay, hides in ((Layout("ddp", 64, precision="bf16", n_micro=4), 1/6), (Layout("deepspeed", 64, 1, precision="bf16", n_micro=4), 1/6), (Layout("deepspeed", 64, 2, precision="bf16", n_micro=4), 2/3), (Layout("fsdp", 64, 3, precision="bf16", n_micro=4), 1)):
+        t = step_time(B7, replace(lay, batch_size=1), 128, wide)
+        assert t.waiting == pytest.approx(t.sending - hides*t.busy) and t.waiting > 0
+        assert t.total == pytest.approx(t.busy + t.waiting + t.updating)
+        quick = step_time(B7, lay, 128, replace(wide, network=50e9))
+        inside = step_time(B7, replace(lay, n_ranks=8), 128, NODE)
+        calls = {"ddp":32, "deepspeed":32*(4 if lay.stage == 2 else 1) + 1, "fsdp":9*32}[lay.engine]*20e-6
+        assert t.sending - calls == pytest.approx(2*(quick.sending - calls))
+        assert inside.sending - calls == pytest.approx((t.sending - calls)*(7/8)/(63/64)*25/300)
+    shared = step_time(B7, Layout("fsdp", 8, 3, tp=4, precision="bf16"), 4096, NODE)
+    assert shared.sharing > traffic(B7, Layout("fsdp", 8, 3, tp=4, precision="bf16"), 4096)[1]/300e9 and shared.total > shared.busy + shared.sharing
+    assert shared.busy == pytest.approx(4096*training_flops_per_token(B7, 4096)/4/(A100.flops*.5))
+    away = step_time(B7, Layout("fsdp", 8, 3, precision="bf16", offload=True), 4096, NODE)
+    near = step_time(B7, Layout("fsdp", 8, 3, precision="bf16"), 4096, NODE)
+    assert away.updating/near.updating == pytest.approx(A100.bandwidth/50e9) and away.sending - near.sending == pytest.approx(8*n_params(B7)/8/25e9)
+    assert near.updating*8 == pytest.approx(alone.updating) == pytest.approx(28*n_params(B7)/2.04e12)
+
+
+@pytest.mark.parametrize("name", ["a100", "h100"])
+def test_from_how_many_tokens_nothing_waits(name):
+    "The formula agrees with the time model, for models of two sizes."
+    chip = CHIPS[name]
+    n = tokens_to_hide(chip, chip.link)
+    for cfg in (B7, B70):
+        waits = lambda tokens: step_time(replace(cfg, context_len=10**6), Layout("fsdp", 1024, 3, precision="bf16"), int(tokens), Machines(chip, 1024)).waiting > 0
+        assert waits(.6*n) and not waits(1.5*n)
+    assert tokens_to_hide(chip, chip.link/2) == pytest.approx(2*n) and tokens_to_hide(chip, chip.link, efficiency=.25) == pytest.approx(n/2)
+    assert tokens_to_hide(A100, 300e9) == pytest.approx(650)
+
+
+# --- plans ---------------------------------------------------------------------------------------------------------
+
+def fits(cfg, lay, machines, T, texts):
+    "Does any micro-batch fit? By trying all of them."
+    if texts % lay.n_data or _host_bytes(cfg, lay) > machines.host_memory: return False
+    each = texts//lay.n_data
+    return any(peak_memory(cfg, replace(lay, batch_size=B, n_micro=each//B), T).total <= .95*machines.chip.memory - machines.chip.reserved for B in range(1, each+1) if each % B == 0)
+
+
+@pytest.mark.parametrize("cfg, machines, texts, optimizer", [(GPT2, Machines(A100), 64, "adamw"), (GPT2, Machines(CHIPS["rtx4090"]), 512, "muon"), (B7, NODE, 256, "adamw"), (B7, NODE, 16, "muon"),
+    (B7, Machines(CHIPS["l4"], 8), 64, "adamw"), (B70, Machines(A100, 8, 8), 256, "adamw"), (B70, Machines(CHIPS["h200"], 8, 4), 64, "adamw"), (B7, NODE, 4, "adamw"), (B7, Machines(A100), 1, "adamw")])
+def test_a_plan_is_the_simplest_that_fits(cfg, machines, texts, optimizer):
+    T = cfg.context_len
+    plan = plan_training(cfg, machines, 1e9, tokens_per_step=texts*T, optimizer=optimizer)
+    assert plan.memory.total <= room(machines.chip) and plan.tokens_per_step == texts*T and plan.memory == peak_memory(cfg, plan.layout, T)
+    for way in _layouts(cfg, machines, optimizer, "bf16"):
+        if replace(plan.layout, batch_size=1, n_micro=1) == way: break
+        assert not fits(cfg, way, machines, T, texts), f"{way} would have fitted"
+    else: raise AssertionError("the plan is none of the ways")
+    larger = [B for B in range(plan.layout.batch_size+1, plan.layout.batch_size*plan.layout.n_micro+1) if plan.layout.batch_size*plan.layout.n_micro % B == 0]
+    assert all(peak_memory(cfg, replace(plan.layout, batch_size=B, n_micro=plan.layout.batch_size*plan.layout.n_micro//B), T).total > room(machines.chip) for B in larger)
+
+
+def test_the_ways_in_order():
+    ways = [(w.engine, w.stage, w.tp, w.checkpoint, w.offload) for w in _layouts(B7, NODE, "adamw", "bf16")]
+    four = [("ddp", 0), ("deepspeed", 1), ("deepspeed", 2), ("fsdp", 3)]
+    assert ways == [(e, s, 1, again, False) for again in (False, True) for e, s in four] + [("fsdp", 3, t, True, False) for t in (2, 4, 8)] + [("fsdp", 3, 1, True, True)]
+    assert {w.engine for w in _layouts(B7, NODE, "muon", "bf16")} == {"ddp", "fsdp"} # DeepSpeed clips Muon's update
+    assert [w.engine for w in _layouts(B7, Machines(A100), "adamw", "bf16")] == ["plain", "plain", "fsdp"]
+    assert {w.tp for w in _layouts(B70, NODE, "adamw", "bf16")} == {1, 2, 4, 8} and {w.tp for w in _layouts(replace(B70, n_kv_heads=4, n_heads=64), NODE, "adamw", "bf16")} == {1, 2, 4}
+    assert max(w.tp for w in _layouts(B7, Machines(A100, 4, 8), "adamw", "bf16")) == 4 # never across nodes
+
+
+def test_what_a_plan_costs():
+    plan = plan_training(B7, NODE, 1e9, tokens_per_step=2**20)
+    assert plan.n_steps == 954 and plan.hours == pytest.approx(954*plan.time.total/3600) and plan.chip_hours == pytest.approx(8*plan.hours)
+    assert plan.kilowatt_hours == pytest.approx(plan.chip_hours*.4) and plan.dollars == pytest.approx(plan.chip_hours*1.3)
+    assert plan.mfu == pytest.approx(2**20*training_flops_per_token(B7, 4096)/plan.time.total/8/312e12) and .4 < plan.mfu <= .5
+    assert plan.tokens_per_second == pytest.approx(2**20/plan.time.total)
+    exact = plan_training(GPT2, Machines(A100), 2**21, tokens_per_step=2**19, precision="fp32")
+    assert exact.n_steps == 4 and exact.mfu == pytest.approx(2**19*training_flops_per_token(GPT2, 1024)/exact.time.total/19.5e12)
+    short = plan_training(GPT2, Machines(A100), 1e6, tokens_per_step=2**19, seq_len=256)
+    assert short.seq_len == 256 and short.tokens_per_step == 2**19
+
+
+def test_the_text():
+    plan = plan_training(B7, NODE, 140e9, tokens_per_step=2**20)
+    rows = dict(plan_rows(plan))
+    assert rows["settings"] == "engine=deepspeed, precision=bf16, batch_size=1, n_micro=32, zero_stage=2"
+    assert rows["step"] == "8 parts x 32 micro-batches x 1 texts x 4096 = 1,048,576 tokens" and rows["model"].startswith("6.61 billion weights")
+    assert rows["start"] == start_command(plan) == "torchrun --nnodes 1 --nproc-per-node 8 -m llm_scratch pretrain --run runs/plan --engine deepspeed --precision bf16 --zero-stage 2"
+    assert "14,9" in rows["money"] and "62.7 of 74 GB" in rows["memory"] and "133,515 steps" in rows["run"]
+    assert plan_text(plan).count("\n") == len(plan_rows(plan)) - 1 and "note" not in rows
+    shared = plan_training(B7, Machines(CHIPS["l4"], 8), 1e9, tokens_per_step=2**20)
+    assert shared.settings["tp"] == 4 and shared.settings["checkpoint"] and "--tp 4" in start_command(shared, "there") and "--run there" in start_command(shared, "there")
+    assert "gradients stay whole" in plan_text(shared) and "no price known" in plan_text(shared)
+    alone = plan_training(GPT2, Machines(A100), 1e9)
+    assert start_command(alone).startswith("python -m llm_scratch pretrain") and "zero" not in start_command(alone)
+    far = plan_training(B7, Machines(A100, 8, 8), 1e9, tokens_per_step=64*4096)
+    assert re.search(r"note +\d+% of a step waits for the links", plan_text(far))
+    tiny = plan_training(GPT2, Machines(A100), 1e9, tokens_per_step=1024, seq_len=128)
+    assert plan_training(GPT2, Machines(A100), 1e9, tokens_per_step=128, seq_len=128).time.busy < tiny.time.busy or "too small" in plan_text(tiny)
+    assert "too small" in plan_text(plan_training(GPT2, Machines(A100), 1e9, tokens_per_step=128, seq_len=128))
+    assert "8 million" in plan_text(plan_training(GPT2, NODE, 1e12, tokens_per_step=2**24)) and "8 million" not in plan_text(plan_training(GPT2, NODE, 1e12, tokens_per_step=2**22))
+    host = plan_training(B7, Machines(A100, host_memory=256e9), 1e9, tokens_per_step=4096)
+    assert host.layout.offload and "106 GB of the host" in plan_text(host) and start_command(host).endswith("--offload") and not host.layout.tp > 1
+    with pytest.raises(UserError): plan_training(B7, Machines(A100, host_memory=100e9), 1e9, tokens_per_step=4096)
+
+
+@pytest.mark.parametrize("cfg, machines, texts", [(B7, Machines(CHIPS["rtx4090"]), 256), (B70, NODE, 256), (B70, Machines(CHIPS["l4"], 4), 64)])
+def test_a_refusal_names_a_number_that_fits(cfg, machines, texts):
+    with pytest.raises(UserError) as told: plan_training(cfg, machines, 1e9, tokens_per_step=texts*4096)
+    needs, has, n = re.search(r"need ([\d.]+) GB.* room for ([\d.]+) GB: (\d+) of them would fit", str(told.value)).groups()
+    assert float(needs) > float(has) == pytest.approx(room(machines.chip)/1e9, abs=.06)
+    n = int(n)
+    more = replace(machines, n_nodes=n//machines.per_node)
+    plan = plan_training(cfg, more, 1e9, tokens_per_step=(texts if texts % n == 0 else n)*4096)
+    assert plan.memory.total <= room(machines.chip) and more.n_ranks == n
+
+
+def test_refusals():
+    for wrong, what in ((dict(tokens_per_step=1_000_000), "give 999424"), (dict(tokens_per_step=100), "give 4096"), (dict(machines=Machines(A100, 6)), "128 texts per step cannot be shared by 6 ranks: give 516096"),
+                        (dict(seq_len=8192), "context_len=4096"), (dict(seq_len=-1), "seq_len=-1"), (dict(efficiency=50), "at most 1"), (dict(efficiency=0), "above 0"), (dict(n_tokens=0), "more than 0 tokens"),
+                        (dict(optimizer="sgd"), "adamw or muon"), (dict(precision="fp16"), "fp32 or bf16"), (dict(cfg=replace(B7, context_len=2**21), tokens_per_step=2**21), "no number of them|would fit")):
+        with pytest.raises(UserError, match=what): plan_training(**(dict(cfg=B7, machines=NODE, n_tokens=1e9) | wrong))
+    with pytest.raises(UserError, match="no number of them fits it"): plan_training(B70, Machines(CHIPS["rtx4090"]), 1e9, optimizer="muon")
+    fixed = plan_training(B7, Machines(A100, 6), 1e9, tokens_per_step=516096) # what the refusal said
+    assert fixed.tokens_per_step == 516096
