@@ -40,6 +40,7 @@ MAY_IMPORT = {
     "distributed": {"architecture"},
     "infrastructure": {"core", "architecture", "data"},  # the sizes of a decoder; the doctor tells which sources are in the cache
     "monitoring": {"core"},
+    "planning": {"core", "architecture"},
     "pretraining": {"core"},
     "evaluation": {"core"},
     "megatron": {"core", "architecture", "families", "interchange", "tokenization"},  # weights one way, tokens the other, and a model's folder home
