@@ -5,13 +5,15 @@
 # %% auto #0
 __all__ = ['Optimizers', 'ENGINES', 'whole', 'cut_like', 'Engine', 'named_state', 'check_names', 'sizes', 'fill_state', 'join',
            'Distributed', 'DDPEngine', 'FSDPEngine', 'check_deepspeed', 'deepspeed_config', 'DeepSpeedEngine',
-           'make_engine', 'speaks_first', 'is_loss_of_contact']
+           'to_universal', 'make_engine', 'speaks_first', 'is_loss_of_contact']
 
 # %% ../nbs/05d_engines.ipynb #e05dc000
 import json
 import logging
 import math
 import os
+import shutil
+import tempfile
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -26,7 +28,7 @@ from torch import nn
 
 from .architecture import Decoder
 from .checkpointing import agree_over
-from .core import UserError
+from .core import UserError, read_json, write_json
 
 # %% ../nbs/05d_engines.ipynb #e05dc001
 def whole(
@@ -150,7 +152,7 @@ def fill_state(
 # %% ../nbs/05d_engines.ipynb #e05dc005
 @patch
 def full_state(self:Engine, model:nn.Module, optimizers:Optimizers)->dict[str, torch.Tensor]: # empty in all but the main process
-    "Every tensor of the run, whole, on the CPU, under the names of `named_state`."
+    "Every tensor of the run, whole, on the CPU, under the names of `named_state`; it may share memory with the model."
     full = {}
     for name,x in named_state(self.bare(model), optimizers).items():
         x = whole(x.detach()) # all processes take part, one keeps it
@@ -162,7 +164,7 @@ def load_full_state(self:Engine, model:nn.Module, optimizers:Optimizers, full:di
     "Fill model and optimizers from a whole state, the same in every process."
     module = self.bare(model)
     check_names(sizes(like := module.state_dict()), sizes(full))
-    fill_state(module, optimizers, {name:cut_like(x, p) if x.shape == p.shape else x for name,x in full.items() for p in [like[_parameter(name)]]})
+    fill_state(module, optimizers, {name:cut_like(x, p).clone() if x.shape == p.shape else x.clone() for name,x in full.items() for p in [like[_parameter(name)]]})
 
 # %% ../nbs/05d_engines.ipynb #e05dc006
 @patch
@@ -188,6 +190,7 @@ def join(
     timeout:float=45., # seconds after which a process that waits in vain for another gives up
 )->torch.device: # of this process
     "Meet the other processes, as the launcher has told us in the environment."
+    warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed") # of names that FSDP and DeepSpeed still use
     device = torch.device("cuda", dist.get_node_local_rank(0)) if torch.cuda.is_available() else torch.device("cpu")
     if device.type == "cuda": torch.cuda.set_device(device)
     if not dist.is_initialized():
@@ -263,6 +266,7 @@ class FSDPEngine(Distributed):
         from torch.distributed.device_mesh import init_device_mesh
         if (n := dist.get_world_size()) % self.tp: raise UserError(f"{n} processes are not a multiple of tp={self.tp}: start {-(-n//self.tp)*self.tp}, or give another tp")
         self.mesh = init_device_mesh(self.device.type, (n//self.tp, self.tp), mesh_dim_names=("data", "tensor"))
+        if self.tp > 1: self.mesh._flatten("all") # sums over both directions in one go
         self.group,self.rank,self.world = self.mesh["data"].get_group(),self.mesh["data"].get_local_rank(),n//self.tp
 
     def prepare(self, model:nn.Module, make_optimizers:Callable[[nn.Module], Optimizers], batch_size:int|None=None)->tuple[nn.Module, Optimizers]:
@@ -333,7 +337,7 @@ def deepspeed_config(
 def _deepspeed()->"module":
     "The package, told to be quiet and to compile nothing."
     before = logging.root.manager.disable
-    logging.disable(logging.INFO)
+    logging.disable(logging.WARNING)
     try: import deepspeed
     except ImportError: raise UserError("the engine deepspeed wants a package: pip install 'llm_scratch[distributed]'") from None
     finally: logging.disable(before)
@@ -441,6 +445,42 @@ def _set_memory(p:nn.Parameter, key:str, x:torch.Tensor, rank:int)->None:
     else: safe_set_full_optimizer_state(p, x, key)
 
 # %% ../nbs/05d_engines.ipynb #e05dc015
+@patch
+def save(self:DeepSpeedEngine, folder:str|Path, model:nn.Module, optimizers:Optimizers)->None:
+    "Write DeepSpeed's own checkpoint; beside `folder` it puts a script that makes one file of it."
+    about = dict(universal_checkpoint_info=dict(universal_checkpoint_version=.4)) # else it cannot be converted
+    model.save_checkpoint(str(Path(folder).parent), tag=Path(folder).name, client_state=about, save_latest=False)
+    if self.is_main: write_json(Path(folder)/"world.json", self.world)
+
+@patch
+def load(self:DeepSpeedEngine, folder:str|Path, model:nn.Module, optimizers:Optimizers)->None:
+    "Read DeepSpeed's own checkpoint, of the same stage; that of another number of processes is converted first."
+    folder = Path(folder)
+    if read_json(folder/"world.json") == self.world:
+        model.load_checkpoint(str(folder.parent), tag=folder.name)
+        return
+    universal = self.at_main(lambda: to_universal(folder, Path(tempfile.mkdtemp(prefix=".universal", dir=folder.parent.parent))/"shards"))
+    try:
+        model._config.load_universal_checkpoint = True
+        model.load_checkpoint(str(universal.parent), tag=universal.name)
+    finally:
+        model._config.load_universal_checkpoint = False
+        if not self.agree("") and self.is_main: shutil.rmtree(universal.parent)
+
+def to_universal(
+    folder:str|Path, # written by DeepSpeed on ZeRO stage 1, 2 or 3
+    target:str|Path, # new
+)->Path: # `target`
+    "Convert a checkpoint of DeepSpeed into its universal form, in which every parameter is a file, for any number of processes."
+    from argparse import Namespace
+    from contextlib import redirect_stdout
+    _deepspeed()
+    from deepspeed.checkpoint.ds_to_universal import main
+    with open(os.devnull, "w", encoding="utf-8") as nowhere, redirect_stdout(nowhere):
+        main(Namespace(input_folder=str(folder), output_folder=str(target), num_extract_workers=1, num_merge_workers=1, keep_temp_folder=False, strict=True, inject_missing_state=False))
+    return Path(target)
+
+# %% ../nbs/05d_engines.ipynb #e05dc016
 ENGINES = "plain","ddp","fsdp","tp","deepspeed"
 
 def make_engine(
@@ -463,7 +503,7 @@ def make_engine(
     if name == "deepspeed": return DeepSpeedEngine(precision, timeout=timeout, zero_stage=zero_stage, offload=offload)
     return FSDPEngine(precision, timeout=timeout, tp=tp or (n if name == "tp" else 1), offload=offload)
 
-# %% ../nbs/05d_engines.ipynb #e05dc016
+# %% ../nbs/05d_engines.ipynb #e05dc017
 def speaks_first()->bool: # of many processes with one complaint, one is heard
     "Is this process the first of its job that asks?"
     if not dist.is_initialized(): return True
