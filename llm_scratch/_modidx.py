@@ -445,6 +445,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                      'llm_scratch.engines.join': ('engines.html#join', 'llm_scratch/engines.py'),
                                      'llm_scratch.engines.load_trial': ('engines.html#load_trial', 'llm_scratch/engines.py'),
                                      'llm_scratch.engines.make_engine': ('engines.html#make_engine', 'llm_scratch/engines.py'),
+                                     'llm_scratch.engines.n_held': ('engines.html#n_held', 'llm_scratch/engines.py'),
                                      'llm_scratch.engines.named_state': ('engines.html#named_state', 'llm_scratch/engines.py'),
                                      'llm_scratch.engines.prove': ('engines.html#prove', 'llm_scratch/engines.py'),
                                      'llm_scratch.engines.save_trial': ('engines.html#save_trial', 'llm_scratch/engines.py'),

@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['Optimizers', 'ENGINES', 'SAVERS', 'whole', 'cut_like', 'Engine', 'named_state', 'check_names', 'sizes', 'fill_state',
            'join', 'Distributed', 'DDPEngine', 'FSDPEngine', 'check_deepspeed', 'deepspeed_config', 'DeepSpeedEngine',
-           'to_universal', 'make_engine', 'speaks_first', 'is_loss_of_contact', 'trial', 'compare', 'save_trial',
-           'load_trial', 'torchrun', 'in_ranks', 'comparisons', 'prove']
+           'to_universal', 'make_engine', 'speaks_first', 'is_loss_of_contact', 'trial', 'n_held', 'compare',
+           'save_trial', 'load_trial', 'torchrun', 'in_ranks', 'comparisons', 'prove']
 
 # %% ../nbs/05d_engines.ipynb #e05dc000
 import logging
@@ -540,6 +540,16 @@ def trial(
     return state,[step.loss for step in train(state, parts, lambda step: min(1, (step+1)/4), n_steps, n_micro=2)]
 
 # %% ../nbs/05d_engines.ipynb #e05dc019
+def n_held(
+    model:nn.Module, # bare, as an engine has laid it out
+    optimizers:Optimizers, # after an update
+)->tuple[int, int]: # weights, and what the optimizers remember of weights
+    "How many numbers lie in this process."
+    here = lambda x: (x.ds_tensor if hasattr(x, "ds_tensor") else x.to_local() if hasattr(x, "to_local") else x).numel()
+    states = [values for opt in optimizers for values in getattr(opt, "optimizer", opt).state.values()]
+    return sum(map(here, model.parameters())),sum(here(x) for values in states for x in values.values() if x.ndim)
+
+# %% ../nbs/05d_engines.ipynb #e05dc020
 def _engine_of(task:dict)->Engine:
     more = dict(n_micro=2) if task["engine"] == "deepspeed" else {}
     engine = make_engine(task["engine"], **{k:task[k] for k in ("precision", "zero_stage", "tp", "offload") if k in task})
@@ -548,7 +558,7 @@ def _engine_of(task:dict)->Engine:
 
 def compare(
     task:dict, # `engine`, and what else `make_engine` takes; `optimizer`
-)->dict: # the task, with the largest differences: `loss` and `bf16` in nats from plain training in float32 and bfloat16, `weight` from the weights of the former
+)->dict: # the task, with the largest differences: `loss` and `bf16` in nats from plain training in float32 and bfloat16, `weight` from the weights of the former; `held`, see `n_held`
     "Ten updates on an engine against the same on one plain process; for every rank of a job."
     optimizer,engine = task.get("optimizer", "adamw"),_engine_of(task)
     state,losses = trial(engine, optimizer)
@@ -558,7 +568,7 @@ def compare(
         plain,theirs = trial(Engine(precision), optimizer)
         apart[name] = max(abs(a-b) for a,b in zip(losses, theirs, strict=True))
         if precision == "fp32" and engine.is_main: apart["weight"] = max((x.cpu() - full[f"model.{name}"].float()).abs().max().item() for name,x in plain.model.state_dict().items())
-    return task | dict(world=dist.get_world_size() if dist.is_initialized() else 1) | apart
+    return task | dict(world=dist.get_world_size() if dist.is_initialized() else 1, held=n_held(engine.bare(state.model), state.optimizers)) | apart
 
 def save_trial(
     task:dict, # as for `compare`; `folder`, where to save
@@ -576,7 +586,7 @@ def load_trial(
     _,losses = trial(engine, path=Path(task["folder"])/"000006")
     return task | dict(loss=max(abs(a-b) for a,b in zip(losses, trial(Engine())[1][6:], strict=True)))
 
-# %% ../nbs/05d_engines.ipynb #e05dc020
+# %% ../nbs/05d_engines.ipynb #e05dc021
 def torchrun(
     world:int, # processes on this machine
     *args:str, # a module and its arguments, or a script's path and its arguments after `script`
@@ -613,7 +623,7 @@ def _ranks(tasks:str, done:str)->None:
     if dist.get_rank() == 0: write_json(done, rows)
     dist.destroy_process_group()
 
-# %% ../nbs/05d_engines.ipynb #e05dc021
+# %% ../nbs/05d_engines.ipynb #e05dc022
 def comparisons(
     world:int, # processes
 )->list[dict]: # tasks for `in_ranks`
@@ -647,7 +657,7 @@ def _main(args:list[str])->None:
     if len(args) != 1: raise SystemExit("usage: python -m llm_scratch.engines OUT.json")
     with tempfile.TemporaryDirectory() as tmp: write_json(args[0], prove(tmp))
 
-# %% ../nbs/05d_engines.ipynb #e05dc022
+# %% ../nbs/05d_engines.ipynb #e05dc023
 if __name__ == "__main__":
     from llm_scratch.engines import _main
     _main(sys.argv[1:])
