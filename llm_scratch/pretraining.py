@@ -192,12 +192,12 @@ def update(
     n_micro:int=1, # pieces per update
     max_norm:float=1., # length to which the gradient is clipped
 )->Step: # what happened
-    "Make one update; `ValueError` when the loss is no longer a number."
+    "Make one update; `UserError`, in every process, when the loss is no longer a number."
     for opt in state.optimizers: opt.zero_grad()
     loss,n = add_gradients(state.model, ids_BT, targets_BT, n_micro, state.engine)
     _set_rates(state, factor)
     norm = state.engine.step(state.model, state.optimizers, max_norm) if math.isfinite(loss) else math.nan
-    if not math.isfinite(loss+norm): raise ValueError(f"loss {loss} with gradient length {norm} at step {state.step+1}: lower the learning rate, or look at this batch")
+    if not math.isfinite(loss+norm): raise UserError(f"loss {loss} with gradient length {norm} at step {state.step+1}: lower the learning rate, or look at this batch")
     state.step += 1
     return Step(state.step, loss, factor, norm, n)
 
