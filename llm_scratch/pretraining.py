@@ -145,7 +145,7 @@ class TrainState:
     model:nn.Module # ids to logits
     optimizers:list[torch.optim.Optimizer] # each parameter belongs to one
     step:int=0 # updates made
-    engine:Engine=field(default_factory=Engine) # whose `prepare` has made the model and the optimizers
+    engine:Engine=field(default_factory=Engine) # whose `prepare` has laid out the model and made the optimizers; a plain one is this process alone
 
 @dataclass(frozen=True)
 class Step:

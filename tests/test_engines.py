@@ -40,7 +40,8 @@ TWO = [*(dict(engine=e) for e in ("ddp", "fsdp", "tp")), *ZERO, dict(engine="fsd
 def two(folder):
     "One job of two ranks: everything is compared, some is saved."
     saves = [dict(do="save", engine="tp", folder=str(folder/"tp")), dict(do="save", folder=str(folder/"zero3"), **ZERO[3])]
-    return in_ranks(2, [dict(do="compare") | t for t in TWO] + saves, SLOW)[:len(TWO)]
+    loads = [dict(do="load", folder=str(folder/"tp")) | task for task in (*ZERO, dict(engine="fsdp"), dict(engine="ddp"))]
+    return in_ranks(2, [dict(do="compare") | t for t in TWO] + saves + loads, SLOW)
 
 
 @pytest.fixture(scope="module")
@@ -59,13 +60,17 @@ def test_two_ranks_learn_what_one_process_learns(two, i):
     if "precision" in row: assert row["loss"] > 1e-5, "it has not computed in bfloat16"
 
 
+@pytest.mark.parametrize("i", range(6))
+def test_what_one_engine_saved_others_go_on_from(two, i): assert two[len(TWO)+2+i]["do"] == "load" and two[len(TWO)+2+i]["loss"] < 5e-6
+
+
 def test_bf16_by_autocast_is_that_of_one_process(two):
-    nearest = min((r for r in two if "precision" in r), key=lambda r: r["bf16"])
+    nearest = min((r for r in two[:len(TWO)] if "precision" in r), key=lambda r: r["bf16"])
     assert nearest["engine"] == "ddp"
 
 
 def test_what_is_cut_is_not_held(two):
-    held = {(r["engine"], r.get("zero_stage")): r["held"] for r in two if r.keys().isdisjoint(("precision", "offload", "optimizer"))}
+    held = {(r["engine"], r.get("zero_stage")): r["held"] for r in two[:len(TWO)] if r.keys().isdisjoint(("precision", "offload", "optimizer"))}
     P = 90496
     assert held["ddp", None] == held["deepspeed", 0] == [P, 2*P] and held["fsdp", None] == held["deepspeed", 3] == [P//2, P]
     assert held["deepspeed", 1] == held["deepspeed", 2] == [P, P] and held["tp", None] == [(P-384)//2 + 384, P-384 + 2*384]
@@ -151,6 +156,13 @@ def test_a_checkpoint_of_an_earlier_version_is_one_line(tmp_path):
     (path/"rng.safetensors").unlink()
     seal(path, "checkpoint", ("state.safetensors", "state.json"))
     with pytest.raises(UserError, match="earlier version"): load_checkpoint(trial(Engine(), n_steps=0)[0], path, {})
+
+
+def test_what_was_changed_on_the_way_is_restored(tmp_path):
+    state, _ = trial(Engine(), n_steps=1)
+    state.optimizers[0].param_groups[0]["weight_decay"] = .5
+    path = save_checkpoint(state, tmp_path, {})
+    assert trial(Engine(), n_steps=1, path=path)[0].optimizers[0].param_groups[0]["weight_decay"] == .5
 
 
 # --- DeepSpeed's config ----------------------------------------------------------------------------------------
@@ -264,6 +276,19 @@ def test_a_rank_that_dies_takes_the_others_with_it(prepared, tmp_path):
     assert codes == [3, -signal.SIGKILL] and time.monotonic() - begin < 60
     assert "llm-scratch: another process is gone" in said and "Traceback" not in said, said
     assert json.loads((sorted(p for p in run.checkpoints.iterdir() if p.name.isdecimal())[-1]/"state.json").read_text())["step"] >= 20
+
+
+def test_ctrl_c_in_one_process_stops_all_after_the_same_update(prepared, tmp_path):
+    run = _copy(prepared, tmp_path, n_steps=10**6, save_every=20)
+    jobs = _start(2, "pretrain", "--run", str(run.folder), "--engine", "ddp")
+    try:
+        while not (run.checkpoints/"000020").exists(): assert jobs[0].poll() is None; time.sleep(.05)
+        jobs[1].send_signal(signal.SIGINT)
+        codes, said = _end(jobs)
+    finally: [j.kill() for j in jobs]
+    stopped = int(re.search(r"stopped after update (\d+) of 1000000; the same command goes on", said)[1])
+    assert codes == [130, 130] and said.count("stopped") == 1 and read_log(run)[-1]["step"] == stopped
+    assert int((run.checkpoints/"latest").read_text()) == stopped
 
 
 def test_a_run_that_diverges_is_one_line(prepared, tmp_path, monkeypatch):
