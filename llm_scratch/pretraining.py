@@ -24,7 +24,7 @@ from torch import nn
 
 from .checkpointing import committed
 from .core import UserError, check_seal, read_json, write_json
-from .engines import Engine, cut_like, whole
+from .engines import Engine, cut_like, uncut
 
 # %% ../nbs/06_pretraining.ipynb #23be542c
 @lru_cache(maxsize=4)
@@ -101,7 +101,7 @@ class Muon(torch.optim.Optimizer):
                 for p in same:
                     if "velocity" not in self.state[p]: self.state[p]["velocity"] = torch.zeros_like(p)
                     self.state[p]["velocity"].lerp_(p.grad, 1-group["momentum"])
-                ahead = torch.stack([whole(p.grad.lerp(self.state[p]["velocity"], group["momentum"])) for p in same])
+                ahead = torch.stack([uncut(p.grad.lerp(self.state[p]["velocity"], group["momentum"])) for p in same])
                 for p,move in zip(same, even_out(ahead, group["rounds"])): p.sub_(cut_like(move, p), alpha=group["lr"]*max(1, rows/columns)**.5)
 
 # %% ../nbs/06_pretraining.ipynb #30891144

@@ -9,7 +9,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from llm_scratch.architecture import Decoder, ModelConfig, init_weights
 from llm_scratch.core import UserError, write_json
-from llm_scratch.engines import DDPEngine, DeepSpeedEngine, Engine, FSDPEngine, join, make_engine, n_held, trial
+from llm_scratch.engines import DDPEngine, DeepSpeedEngine, Engine, FSDPEngine, farthest, join, make_engine, n_held, trial
 from llm_scratch.pretraining import TrainState, load_checkpoint, make_adamw, make_optimizers, save_checkpoint, save_shards, train, update
 
 MAKE = dict(ddp=DDPEngine, fsdp=FSDPEngine, tp=lambda: FSDPEngine(tp=2), zero0=lambda: DeepSpeedEngine(zero_stage=0, n_micro=2), zero1=lambda: DeepSpeedEngine(zero_stage=1, n_micro=2),
@@ -26,15 +26,12 @@ def said(f):
     return text if len(set(everywhere)) == 1 else f"ranks disagree: {everywhere}"
 
 
-def apart(a, b): return max(abs(x-y) for x, y in zip(a, b, strict=True))
-
-
 def parts(folder):
     "Save in parts on one engine, load on each that can read them, and go on."
     plain, found = trial(Engine())[1][6:], {}
     for name in MAKE: save_shards(trial(MAKE[name](), n_steps=6)[0], folder/name, {})
     for a, b in [("ddp", "fsdp"), ("fsdp", "tp"), ("tp", "ddp"), ("zero0", "zero0"), ("zero1", "zero1"), ("zero2", "zero2"), ("zero3", "zero3")]:
-        found[f"{a} {b}"] = apart(trial(MAKE[b](), path=folder/a/"000006")[1], plain)
+        found[f"{a} {b}"] = farthest(trial(MAKE[b](), path=folder/a/"000006")[1], plain)
     found["foreign"] = said(lambda: trial(DDPEngine(), path=folder/"zero2"/"000006"))
     found["stage"] = said(lambda: trial(MAKE["zero3"](), path=folder/"zero2"/"000006"))
     return found
@@ -43,7 +40,7 @@ def parts(folder):
 def universal(folder):
     "What two processes wrote in parts, read by as many as are here."
     plain = trial(Engine())[1][6:]
-    return {name: apart(trial(MAKE[name](), path=folder/name/"000006")[1], plain) for name in ("zero0", "zero1", "zero2", "zero3")} | dict(left=sorted(p.name for p in folder.glob("*/.universal*")))
+    return {name: farthest(trial(MAKE[name](), path=folder/name/"000006")[1], plain) for name in ("zero0", "zero1", "zero2", "zero3")} | dict(left=sorted(p.name for p in folder.glob("*/.universal*")))
 
 
 def aliases(folder):
