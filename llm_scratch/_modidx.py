@@ -429,6 +429,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                      'llm_scratch.engines._main': ('engines.html#_main', 'llm_scratch/engines.py'),
                                      'llm_scratch.engines._own_piece': ('engines.html#_own_piece', 'llm_scratch/engines.py'),
                                      'llm_scratch.engines._parameter': ('engines.html#_parameter', 'llm_scratch/engines.py'),
+                                     'llm_scratch.engines._plain': ('engines.html#_plain', 'llm_scratch/engines.py'),
                                      'llm_scratch.engines._ranks': ('engines.html#_ranks', 'llm_scratch/engines.py'),
                                      'llm_scratch.engines._set_memory': ('engines.html#_set_memory', 'llm_scratch/engines.py'),
                                      'llm_scratch.engines._set_weight': ('engines.html#_set_weight', 'llm_scratch/engines.py'),

@@ -21,7 +21,7 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from datetime import timedelta
-from functools import partial
+from functools import lru_cache, partial
 from pathlib import Path
 
 import numpy as np
@@ -563,6 +563,11 @@ def farthest(
     "The largest difference of two runs in the loss of an update."
     return max(abs(a.loss-b.loss) for a,b in zip(ours, theirs, strict=True))
 
+@lru_cache
+def _plain(precision:str, optimizer:str)->tuple[list["Step"], dict[str, torch.Tensor]]: # its updates, and its weights after them
+    state,steps = trial(Engine(precision), optimizer)
+    return steps,state.model.state_dict()
+
 def compare(
     task:dict, # `engine`, and what else `make_engine` takes; `optimizer`
 )->dict: # the task, with the largest differences: `loss` and `bf16` in nats from plain training in float32 and bfloat16, `weight` from the weights of the former, `norm` as a share of its gradient's length; `held`, see `n_held`
@@ -572,10 +577,10 @@ def compare(
     full = engine.full_state(state.model, [])
     apart = {}
     for name,precision in (("loss", "fp32"), ("bf16", "bf16")):
-        plain,theirs = trial(Engine(precision), optimizer)
+        theirs,weights = _plain(precision, optimizer)
         apart[name] = farthest(steps, theirs)
         if precision == "fp32": apart["norm"] = max(abs(a.grad_norm/b.grad_norm - 1) for a,b in zip(steps, theirs))
-        if precision == "fp32" and engine.is_main: apart["weight"] = max((x.cpu() - full[f"model.{name}"].float()).abs().max().item() for name,x in plain.model.state_dict().items())
+        if precision == "fp32" and engine.is_main: apart["weight"] = max((x.cpu() - full[f"model.{name}"].float()).abs().max().item() for name,x in weights.items())
     return task | dict(world=dist.get_world_size() if dist.is_initialized() else 1, held=n_held(engine.bare(state.model), state.optimizers)) | apart
 
 def save_trial(
@@ -592,7 +597,7 @@ def load_trial(
     "Load the checkpoint, make the next four updates; for every rank of a job."
     engine = _engine_of(task)
     _,steps = trial(engine, path=Path(task["folder"])/"000006")
-    return task | dict(loss=farthest(steps, trial(Engine())[1][6:]))
+    return task | dict(loss=farthest(steps, _plain("fp32", "adamw")[0][6:]))
 
 # %% ../nbs/05d_engines.ipynb #e05xrun
 def torchrun(
@@ -666,6 +671,4 @@ def _main(args:list[str])->None:
     with tempfile.TemporaryDirectory() as tmp: write_json(args[0], prove(tmp))
 
 # %% ../nbs/05d_engines.ipynb #e05xmain
-if __name__ == "__main__":
-    from llm_scratch.engines import _main
-    _main(sys.argv[1:])
+if __name__ == "__main__": _main(sys.argv[1:])
