@@ -11,7 +11,7 @@ import math
 import shutil
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
 
@@ -22,6 +22,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from .core import UserError, atomic_path, check_seal, read_json, seal, write_json
+from .engines import Engine, cut_like, whole
 
 # %% ../nbs/06_pretraining.ipynb #23be542c
 @lru_cache(maxsize=4)
@@ -98,8 +99,8 @@ class Muon(torch.optim.Optimizer):
                 for p in same:
                     if "velocity" not in self.state[p]: self.state[p]["velocity"] = torch.zeros_like(p)
                     self.state[p]["velocity"].lerp_(p.grad, 1-group["momentum"])
-                ahead = torch.stack([p.grad.lerp(self.state[p]["velocity"], group["momentum"]) for p in same])
-                for p,move in zip(same, even_out(ahead, group["rounds"])): p.sub_(move, alpha=group["lr"]*max(1, rows/columns)**.5)
+                ahead = torch.stack([whole(p.grad.lerp(self.state[p]["velocity"], group["momentum"])) for p in same])
+                for p,move in zip(same, even_out(ahead, group["rounds"])): p.sub_(cut_like(move, p), alpha=group["lr"]*max(1, rows/columns)**.5)
 
 # %% ../nbs/06_pretraining.ipynb #30891144
 def make_optimizers(
@@ -133,6 +134,7 @@ class TrainState:
     model:nn.Module # ids to logits
     optimizers:list[torch.optim.Optimizer] # each parameter belongs to one
     step:int=0 # updates made
+    engine:Engine=field(default_factory=Engine) # whose `prepare` has made the model and the optimizers
 
 @dataclass(frozen=True)
 class Step:
@@ -149,14 +151,19 @@ def add_gradients(
     ids_BT:torch.Tensor, # token ids
     targets_BT:torch.Tensor, # ids to predict, -1 for those that do not count
     n_micro:int=1, # pieces, one after the other
-)->tuple[float, int]: # loss in nats per token, and how many targets counted
-    "Gradients of the mean loss, exact for any number of pieces."
-    n,loss = int((targets_BT != -1).sum()),0.
-    for ids,targets in zip(ids_BT.chunk(n_micro), targets_BT.chunk(n_micro)):
-        nats = F.cross_entropy(model(ids).flatten(0, 1), targets.flatten(), ignore_index=-1, reduction="sum")
-        (nats/n).backward()
+    engine:Engine|None=None, # whose model it is; None: one process
+)->tuple[float, int]: # loss in nats per token, and how many targets counted, over all ranks
+    "Gradients of the mean loss, exact for any number of pieces and ranks."
+    engine = engine or Engine()
+    if engine.device is not None: ids_BT,targets_BT = ids_BT.to(engine.device),targets_BT.to(engine.device)
+    n,loss = int(engine.sum(int((targets_BT != -1).sum()))),0.
+    pieces = list(zip(ids_BT.chunk(n_micro), targets_BT.chunk(n_micro)))
+    for i,(ids,targets) in enumerate(pieces, 1):
+        with engine.piece(model, i == len(pieces)):
+            nats = F.cross_entropy(engine.forward(model, ids).flatten(0, 1), targets.flatten(), ignore_index=-1, reduction="sum")
+            engine.backward(model, nats/n)
         loss += nats.item()/n
-    return loss,n
+    return engine.sum(loss),n
 
 # %% ../nbs/06_pretraining.ipynb #893a367d
 def _set_rates(state:TrainState, factor:float)->None:
@@ -176,11 +183,10 @@ def update(
 )->Step: # what happened
     "Make one update; `ValueError` when the loss is no longer a number."
     for opt in state.optimizers: opt.zero_grad()
-    loss,n = add_gradients(state.model, ids_BT, targets_BT, n_micro)
-    norm = float(nn.utils.clip_grad_norm_(state.model.parameters(), max_norm))
-    if not math.isfinite(loss+norm): raise ValueError(f"loss {loss} with gradient length {norm} at step {state.step+1}: lower the learning rate, or look at this batch")
+    loss,n = add_gradients(state.model, ids_BT, targets_BT, n_micro, state.engine)
     _set_rates(state, factor)
-    for opt in state.optimizers: opt.step()
+    norm = state.engine.step(state.model, state.optimizers, max_norm) if math.isfinite(loss) else math.nan
+    if not math.isfinite(loss+norm): raise ValueError(f"loss {loss} with gradient length {norm} at step {state.step+1}: lower the learning rate, or look at this batch")
     state.step += 1
     return Step(state.step, loss, factor, norm, n)
 

@@ -36,6 +36,7 @@ MAY_IMPORT = {
     "fastbpe": {"core", "tokenization"},
     "vocabulary": {"core", "data", "tokenization"},  # data fetches the tokenizers of others
     "packing": set(),
+    "checkpointing": {"core"},
     "pretraining": {"core"},
     "evaluation": {"core"},
     "pipeline": {"core", "architecture", "generation", "interchange", "llamacpp", "data", "sources", "cleaning", "privacy", "curation", "duplicates", "tokenization", "fastbpe", "pretraining", "evaluation"},
