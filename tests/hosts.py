@@ -9,12 +9,14 @@
 A host is a network namespace with one end of a cable called `eth0`, and in it a PID namespace whose first process is an ssh server: when that one
 is killed the kernel kills all the others, as when a plug is pulled. Folders are shared, as on a cluster with a network file system.
 """
+import json
 import os
 import shutil
 import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -129,7 +131,7 @@ class Hosts:
     def env(self, **more:str)->dict[str, str]:
         "The environment of a login on a host: little, and what these tests need."
         return dict(PATH=f"{self.folder}/bin:{Path(sys.executable).parent}:/usr/sbin:/usr/bin:/sbin:/bin", HOME=str(self.folder), LANG="C.UTF-8", OMP_NUM_THREADS="1", HF_HUB_OFFLINE="1", TOKENIZERS_PARALLELISM="false",
-                    GLOO_SOCKET_IFNAME="eth0", DS_ACCELERATOR="cpu", PYTHONPATH=str(ROOT), TORCH_EXTENSIONS_DIR=str(self.folder/"extensions")) | more
+                    GLOO_SOCKET_IFNAME="eth0", DS_ACCELERATOR="cpu", PYTHONPATH=f"{ROOT}:{ROOT}/tests", TORCH_EXTENSIONS_DIR=str(self.folder/"extensions")) | more
 
     def command(self, key:str, command:list[str])->list[str]: return ["nsenter", "--target", str(self.first[key]), "--net", "--uts", "--pid", "--mount", "--", *map(str, command)]
 
@@ -168,6 +170,49 @@ class Hosts:
     def free_port(self, key:str="a")->int:
         "A port that nobody listens on there."
         return int(self.run(key, [sys.executable, "-c", "import socket; s = socket.socket(); s.bind(('', 0)); print(s.getsockname()[1])"]).stdout)
+
+
+LAUNCH = """import json, sys
+from dataclasses import replace
+from llm_scratch.core import UserError
+from llm_scratch.launching import launch, make_job
+program, over, node, options = json.loads(sys.argv[1])
+try: sys.exit(launch(replace(make_job(program, over=over, **options), last_call=3), over, node))
+except UserError as e: sys.exit(f"error: {e}")
+"""
+
+
+def launch_on(hosts:Hosts, program:list[str], over:str="ssh", key:str="a", node:int=0, **options)->list[str]:
+    "The command that launches a job from a host, as `llm-scratch launch` would; to be given to `run` or `start`."
+    hostfile = hosts.folder/"hostfile"
+    if not hostfile.exists(): hostfile.write_text(f"{hosts.a} slots=1\n{hosts.b} slots=1\n")
+    options = dict(hostfile=str(hostfile), address=hosts.address["a"]) | options
+    return [sys.executable, "-c", LAUNCH, json.dumps([list(map(str, program)), over, node, options])]
+
+
+def rows_of(folder:Path)->dict[int, list[dict]]:
+    "What each rank has written, see ranks.py."
+    return {int(p.stem[4:]): [json.loads(line) for line in p.read_text().splitlines()] for p in sorted(Path(folder).glob("rank*.jsonl"))}
+
+
+def losses_of(folder:Path)->dict[int, float]:
+    "Step to loss, by the main process; where a step was made twice, the last time."
+    return {row["step"]: row["loss"] for row in rows_of(folder)[0] if "step" in row}
+
+
+class PullThePlug(threading.Thread):
+    "Waits for ranks.py to ask for it, then switches a host off."
+    def __init__(self, hosts:Hosts, key:str, folder:Path, seconds:float=200):
+        super().__init__(daemon=True)
+        self.hosts, self.key, self.folder, self.seconds, self.pulled = hosts, key, Path(folder), seconds, False
+        self.start()
+
+    def run(self)->None:
+        deadline = time.monotonic() + self.seconds
+        while time.monotonic() < deadline and not (self.folder/"pull the plug").exists(): time.sleep(.05)
+        if time.monotonic() < deadline:
+            self.hosts.lose(self.key)
+            self.pulled = True
 
 
 if __name__ == "__main__": # look around: python tests/hosts.py
