@@ -33,15 +33,17 @@ from torch import nn
 
 from .architecture import Decoder, ModelConfig, init_weights, load_model, n_params, save_model, training_flops_per_token
 from .cleaning import basic_stages, full_stages, listed_words, quality_texts, train_quality
+from .checkpointing import keep_last
 from .core import UserError, atomic_path, read_json, write_json
 from .curation import curate, curation_notes, read_curated
 from .data import SOURCES, Document, cache_dir, load_corpus, load_documents, nearest, save_documents, split_corpus, tiny_corpus, to_dataset
 from .duplicates import Decontaminate
+from .engines import ENGINES, Engine, is_loss_of_contact, make_engine, speaks_first
 from .evaluation import Result, bits_per_byte, counts_steps, looks_like_recipe, mean_of, ratio_of, share_of, token_nats, train_ngram
 from .generation import Cache, sample, stream
 from .interchange import TOKENIZER_FILES, copy_tokenizer, find_tensors, load_hf, load_special_ids, save_hf
 from .llamacpp import load_gguf, read_gguf, save_gguf, write_modelfile
-from .pretraining import Batches, Step, TrainState, checkpoints, load_checkpoint, make_optimizers, prune_checkpoints, save_checkpoint, train, wsd
+from .pretraining import Batches, Step, TrainState, checkpoints, load_checkpoint, make_adamw, make_optimizers, save_checkpoint, train, wsd
 from .privacy import RedactPII
 from .sources import Stage, open_streams
 from .tokenization import HubTokenizer, Shards, Tokenizer, load_tokenizer, save_tokenizer, train_bpe, write_shards
@@ -218,10 +220,10 @@ def _shards(run:Run, split:str)->Shards:
     return shards
 
 # %% ../nbs/12_pipeline.ipynb #0f615cb5
-def _start(run:Run)->TrainState:
-    "Fresh weights and optimizers."
+def _start(run:Run, engine:Engine, optimizers:Callable[[nn.Module], list[torch.optim.Optimizer]])->TrainState:
+    "Fresh weights and optimizers, laid out as the engine wants them."
     model = init_weights(Decoder(run.preset.config), run.seed)
-    return TrainState(model, make_optimizers(model))
+    return TrainState(*engine.prepare(model, optimizers, run.preset.batch_size), engine=engine)
 
 def _about(run:Run)->dict:
     "What must be the same when a checkpoint is loaded."
@@ -239,21 +241,36 @@ def read_log(
     return _read_lines(run.log) if run.log.exists() else []
 
 def _save(run:Run, state:TrainState, log:list[dict], about:dict)->None:
-    _write_lines(run.log, log)
-    save_checkpoint(state, run.checkpoints, about)
-    prune_checkpoints(run.checkpoints)
+    if state.engine.is_main: _write_lines(run.log, log)
+    save_checkpoint(state, run.checkpoints, about, keep_last(2))
 
 # %% ../nbs/12_pipeline.ipynb #cbc40b51
+def _whole_model(run:Run, state:TrainState)->Decoder|None: # in the main process
+    "The trained model in one piece."
+    full = state.engine.full_state(state.model, [])
+    if not state.engine.is_main: return None
+    with torch.device("meta"): model = Decoder(run.preset.config)
+    model.load_state_dict({name.removeprefix("model."):x for name,x in full.items()}, assign=True)
+    return model
+
+def _batches(run:Run, engine:Engine)->Batches:
+    "The part of every batch that this process learns from: together the ranks read what one process would."
+    size,world = run.preset.batch_size,engine.world
+    if size % world: raise UserError(f"batch_size={size} of {run.folder} is not a multiple of the {world} parts that the processes want: start {' or '.join(str(n) for n in range(1, size+1) if size % n == 0)}")
+    return Batches(_shards(run, "train"), run.preset.context_len, size//world, run.seed, rank=engine.rank, world=world)
+
 def pretrain(
     run:Run, # with tokens
+    engine:Engine|None=None, # what trains, in every process the same; None: this process alone
+    optimizers:Callable[[nn.Module], list[torch.optim.Optimizer]]=make_optimizers, # or `make_adamw`
 )->Iterator[Step]: # one after every update that is still to be made
-    "Step 6: train until the preset's number of updates is made; a caller who leaves early leaves a checkpoint behind."
-    if run.model.exists(): return
-    shards,about,state = _shards(run, "train"),_about(run),_start(run)
-    if saved := checkpoints(run.checkpoints): load_checkpoint(state, saved[-1], about)
+    "Step 6: train until the preset's number of updates is made; a caller who leaves early, in all processes after the same update, leaves a checkpoint behind."
+    engine = engine or Engine()
+    if engine.share(run.model.exists()): return
+    batches,about,state = _batches(run, engine),_about(run),_start(run, engine, optimizers)
+    if saved := engine.share(checkpoints(run.checkpoints)): load_checkpoint(state, saved[-1], about)
     log = [row for row in read_log(run) if row["step"] <= state.step]
-    batches,n_steps = Batches(shards, run.preset.context_len, run.preset.batch_size, run.seed),run.preset.n_steps
-    begin = time.perf_counter()
+    n_steps,begin = run.preset.n_steps,time.perf_counter()
     for step in train(state, batches, partial(wsd, n_steps=n_steps), n_steps):
         seconds,begin = time.perf_counter()-begin,time.perf_counter()
         log.append(dict(step=step.n, loss=step.loss, lr=step.lr, grad_norm=step.grad_norm, n_tokens=step.n_tokens, seconds=round(seconds, 4)))
@@ -263,7 +280,8 @@ def pretrain(
             if not saved_now: _save(run, state, log, about)
             raise
     _save(run, state, log, about)
-    save_pretrained(run, state.model)
+    if model := _whole_model(run, state): save_pretrained(run, model)
+    engine.agree("") # the others leave when the model is there
 
 # %% ../nbs/12_pipeline.ipynb #d7fa7390
 def model_card(
@@ -485,7 +503,7 @@ def until_ctrl_c()->Iterator[Callable[[], bool]]: # has it been pressed?
 app = typer.Typer(name="llm-scratch", no_args_is_help=True, add_completion=False, help="Build a language model from scratch, step by step or in one go.")
 
 def _fail(message:str, status:int)->None:
-    print(f"llm-scratch: {message}", file=sys.stderr)
+    if speaks_first(): print(f"llm-scratch: {message}", file=sys.stderr)
     raise typer.Exit(status)
 
 def _verb(name:str, does:str|None=None)->Callable: # `does` is for a function without a docstring
@@ -499,6 +517,9 @@ def _verb(name:str, does:str|None=None)->Callable: # `does` is for a function wi
             except KeyboardInterrupt: _fail("stopped; the same command goes on from here", 130)
             except BrokenPipeError: os.dup2(os.open(os.devnull, os.O_WRONLY), 1) # the reader of our output has left
             except UserError as e: _fail(str(e), 2)
+            except RuntimeError as e:
+                if not is_loss_of_contact(e): raise
+                _fail("another process is gone, its own output may say why; the same command goes on from the last checkpoint", 3)
             except OSError as e: _fail(f"{e.filename or 'the disk'}: {e.strerror or e}", 2)
         return f
     return register
@@ -546,9 +567,9 @@ def _with_text(preset:Preset, sources:str|None, clean:str|None, keep_out:str|Non
     return replace(preset, sources=names, cleaning=level, keep_out=kept_out)
 
 # %% ../nbs/12_pipeline.ipynb #0dbd84s2
-def _console():
+def _console(quiet:bool=False):
     from rich.console import Console
-    return Console(stderr=True, highlight=False, markup=False) # a folder may have brackets in its name
+    return Console(stderr=True, highlight=False, markup=False, quiet=quiet) # a folder may have brackets in its name
 
 def _track()->Watch:
     "Progress bars on standard error, gone when they are full."
@@ -566,12 +587,13 @@ def _tokens(run:Run)->None:
     tok = prepare_tokens(run, _track())
     _console().print(f"tokenize  {_shards(run, 'train').n_tokens:,} tokens of {tok.vocab_size:,} kinds in {run.tokens}")
 
-def _training(run:Run)->None:
+def _training(run:Run, engine:Engine|None=None, optimizers:Callable[[nn.Module], list[torch.optim.Optimizer]]=make_optimizers)->None:
     "Train with a bar that shows loss, tokens per second and time left; Ctrl-C leaves a checkpoint."
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-    console,n_steps,task,step,loss = _console(),run.preset.n_steps,None,None,None
+    engine = engine or Engine()
+    console,n_steps,task,step,loss = _console(quiet=not engine.is_main),run.preset.n_steps,None,None,None
     columns = TextColumn("pretrain"),BarColumn(),MofNCompleteColumn(),TextColumn("{task.description}"),TimeRemainingColumn()
-    with until_ctrl_c() as asked, Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar, closing(pretrain(run)) as steps:
+    with until_ctrl_c() as asked, Progress(*columns, console=console, transient=True, disable=console.quiet or not console.is_terminal) as bar, closing(pretrain(run, engine, optimizers)) as steps:
         begin = time.perf_counter()
         for step in steps:
             if task is None: task,first = bar.add_task("", total=n_steps, completed=step.n-1),step.n
@@ -579,7 +601,7 @@ def _training(run:Run)->None:
             said = f"loss {loss:.2f}, {(step.n-first+1)*step.n_tokens/(time.perf_counter()-begin):,.0f} tokens/s"
             bar.update(task, completed=step.n, description=said)
             if not console.is_terminal and step.n % run.preset.save_every == 0: console.print(f"pretrain  {step.n}/{n_steps}, {said}")
-            if asked() and step.n < n_steps: break
+            if engine.sum(asked()) and step.n < n_steps: break # in one process asked, in all done
     if step and step.n < n_steps: _fail(f"stopped after update {step.n} of {n_steps}; the same command goes on from there", 130)
     console.print(f"pretrain  {n_params(run.preset.config):,} weights in {run.model}")
 
@@ -612,9 +634,29 @@ def _walk_from_text(name:str, does:str, *steps:Callable[[Run], None])->None:
 
 _walk_from_text("data", "Fetch the texts of a run, clean them if asked, and split them.")
 _walk("tokenize", "Learn a tokenizer and write the texts as ids.", _tokens)
-_walk("pretrain", "Train the model, or go on with it; Ctrl-C stops, the same command continues.", _training)
 _walk("evaluate", "Measure the model and write the scorecard.", _evaluation)
 _walk_from_text("run", "Go through all steps, from text to scorecard; what is done already is not done again.", _tokens, _training, _evaluation)
+
+# %% ../nbs/12_pipeline.ipynb #ed59a32b
+_OPTIMIZERS = dict(muon=make_optimizers, adamw=make_adamw)
+
+@_verb("pretrain")
+def _pretrain_verb(
+    run:_RunOption=None, preset:_PresetOption=None, depth:_DepthOption=None, seed:_SeedOption=None,
+    engine:Annotated[str, typer.Option(help=f"{', '.join(ENGINES)}: who trains; all but plain want to be launched")]="plain",
+    zero_stage:Annotated[int, typer.Option(help="of deepspeed: what is cut over the processes, 0 nothing to 3 everything", min=0, max=3)]=2,
+    tp:Annotated[int, typer.Option(help="processes that share each matrix product, for fsdp and tp", min=1, show_default="all for tp, else 1")]=None,
+    precision:Annotated[str, typer.Option(help="of the matrix products: fp32 or bf16")]="fp32",
+    offload:Annotated[bool, typer.Option("--offload", help="keep optimizer and weights in the memory of the CPU, for fsdp and deepspeed")]=False,
+    optimizer:Annotated[str, typer.Option(help=f"{' or '.join(_OPTIMIZERS)}; a run keeps its own", show_default="adamw for deepspeed, else muon")]=None,
+    timeout:Annotated[float, typer.Option(help="seconds after which a process that waits in vain for another gives up", min=1)]=45,
+)->None:
+    "Train the model, or go on with it, in one process or launched in many; Ctrl-C stops, the same command continues."
+    e = make_engine(engine, precision=precision, tp=tp, offload=offload, timeout=timeout)
+    optimizer = optimizer or ("adamw" if engine == "deepspeed" else "muon")
+    if optimizer not in _OPTIMIZERS: raise UserError(f"there is no optimizer {optimizer}: give one of {', '.join(_OPTIMIZERS)}")
+    _training(open_run(e.at_main(lambda: _begin(run, preset, depth, seed).folder)), e, _OPTIMIZERS[optimizer])
+    e.close()
 
 # %% ../nbs/12_pipeline.ipynb #5124448c
 def is_imported(

@@ -37,12 +37,13 @@ MAY_IMPORT = {
     "vocabulary": {"core", "data", "tokenization"},  # data fetches the tokenizers of others
     "packing": set(),
     "checkpointing": {"core"},
-    "pretraining": {"core"},
+    "engines": {"core", "architecture", "checkpointing", "pretraining"},  # pretraining within a function: the proof that engines are equal runs the book's own `train`
+    "pretraining": {"core", "checkpointing", "engines"},
     "evaluation": {"core"},
-    "pipeline": {"core", "architecture", "generation", "interchange", "llamacpp", "data", "sources", "cleaning", "privacy", "curation", "duplicates", "tokenization", "fastbpe", "pretraining", "evaluation"},
+    "pipeline": {"core", "architecture", "generation", "interchange", "llamacpp", "data", "sources", "cleaning", "privacy", "curation", "duplicates", "tokenization", "fastbpe", "checkpointing", "engines", "pretraining", "evaluation"},
 }
 HEAVY = {"datasets", "tokenizers", "matplotlib", "rich", "typer", "ipywidgets", "transformers", "evaluate", "IPython", "pandas", "nbdev", "numba", "gguf", "xllamacpp",
-         "resiliparse", "trafilatura", "fastwarc", "ftfy", "py3langid", "lingua", "charset_normalizer", "datatrove", "datasketch", "sklearn", "pyarrow", "tiktoken"}
+         "resiliparse", "trafilatura", "fastwarc", "ftfy", "py3langid", "lingua", "charset_normalizer", "datatrove", "datasketch", "sklearn", "pyarrow", "tiktoken", "deepspeed"}
 HEAVY_BUT_ALLOWED = {"pipeline": {"typer"}, "compiled": {"numba"}, "fastbpe": {"numba"}}  # the command line is made of typer's annotations, compiled functions of numba's decorator
 SECONDS = 2  # of CPU time beyond `import torch`, generous
 
