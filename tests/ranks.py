@@ -54,15 +54,15 @@ def start(engine):
         return [opt]
     cfg = ModelConfig(vocab_size=64, context_len=32, n_layers=2, n_heads=2, n_kv_heads=2, d_model=32, d_ff=64, d_head=16)
     tokens = np.random.default_rng(0).integers(0, 64, 4000).cumsum() % 61
-    model, optimizers = engine.prepare(init_weights(Decoder(cfg), 0), adamw)
+    model, optimizers = engine.prepare(init_weights(Decoder(cfg), 0), adamw, 8)
     return TrainState(model, optimizers, engine=engine), Batches(tokens, 32, 8//engine.world, 0, engine.rank, engine.world)
 
 
 def learn(args, tell, maybe_fail)->None:
-    from llm_scratch import engines
     from llm_scratch.checkpointing import agree_over, committed, latest
+    from llm_scratch.engines import make_engine
     from llm_scratch.pretraining import train
-    engine = dict(ddp=engines.DDPEngine, fsdp=engines.FSDPEngine, **({"deepspeed": engines.DeepSpeedEngine} if hasattr(engines, "DeepSpeedEngine") else {}))[args.engine]()
+    engine = make_engine(args.engine)
     state, batches = start(engine)
     if found := engine.share(latest(args.folder/"checkpoints")):
         engine.load(found, state.model, state.optimizers)
