@@ -652,7 +652,7 @@ def _pretrain_verb(
     timeout:Annotated[float, typer.Option(help="seconds after which a process that waits in vain for another gives up", min=1)]=45,
 )->None:
     "Train the model, or go on with it, in one process or launched in many; Ctrl-C stops, the same command continues."
-    e = make_engine(engine, precision=precision, tp=tp, offload=offload, timeout=timeout)
+    e = make_engine(engine, precision=precision, zero_stage=zero_stage, tp=tp, offload=offload, timeout=timeout)
     optimizer = optimizer or ("adamw" if engine == "deepspeed" else "muon")
     if optimizer not in _OPTIMIZERS: raise UserError(f"there is no optimizer {optimizer}: give one of {', '.join(_OPTIMIZERS)}")
     _training(open_run(e.at_main(lambda: _begin(run, preset, depth, seed).folder)), e, _OPTIMIZERS[optimizer])

@@ -279,7 +279,7 @@ def load_checkpoint(
     else: raise UserError(f"{path} holds the parts of the engine {saved['form']}, which {engine.form} cannot read: load it there, and save it with save_checkpoint")
     for group,old in zip((g for opt in state.optimizers for g in opt.param_groups), saved["groups"]): group.update(old)
     rng = load_file(path/"rng.safetensors")["rng"]
-    torch.set_rng_state(rng[engine.rank%len(rng)])
+    torch.set_rng_state(rng[engine.rank%len(rng)].clone())
     state.step = saved["step"]
     return state
 
