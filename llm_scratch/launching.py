@@ -228,7 +228,7 @@ class Job:
     python:str="python" # the interpreter, the same on every host
 
     def __post_init__(self):
-        if self.engine not in (*ENGINES, "deepspeed"): raise UserError(f"there is no engine {self.engine}: give one of {', '.join(ENGINES)}")
+        if self.engine not in ENGINES: raise UserError(f"there is no engine {self.engine}: give one of {', '.join(ENGINES)}")
         if not self.hosts or min(h.slots for h in self.hosts) < 1: raise UserError(f"{len(self.hosts)} hosts with {[h.slots for h in self.hosts]} processes: give at least one of each")
         if self.engine == "plain" and self.world > 1: raise UserError(f"engine plain is one process and {self.world} are asked for: give --engine ddp or fsdp, or one process")
         if self.min_hosts is None: return
@@ -346,7 +346,7 @@ cd "$FOLDER" || exit 1
 export PROCESSES PYTHON PROGRAM
 export PORT=$(({port} + SLURM_JOB_ID % 1000))  # two jobs that share a node do not meet
 export HEAD=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
-srun --kill-on-bad-exit=1 bash -c 'exec {command}' && exit 0
+srun --kill-on-bad-exit=1 --cpus-per-task="$SLURM_CPUS_PER_TASK" bash -c 'exec {command}' && exit 0
 status=$?
 [ "${{SLURM_RESTART_COUNT:-0}}" -lt {restarts} ] && scontrol requeue "$SLURM_JOB_ID"  # goes on from the last checkpoint
 exit "$status"
@@ -389,11 +389,11 @@ volumes:
   emptyDir: {{medium: Memory, sizeLimit: 16Gi}}"""
 
 _CHANGE = """# Change these lines, or let `llm-scratch launch --over {over} --dry-run` write the file:
-#   image                       one with this library in it
+#   image                              one with this library in it
 #   {counts}
 #   nvidia.com/gpu, --nproc-per-node   GPUs of each machine, one process for each
-#   claimName                   a volume that all pods may write (ReadWriteMany); they see it as /shared
-#   the last arguments          the run, and its engine
+#   claimName                          a volume that all pods may write (ReadWriteMany); they see it as /shared
+#   the last arguments                 the run, and its engine
 """
 
 def _pod(job:Job, args:Sequence[str], image:str, claim:str, container:str, port_name:str, indent:int)->str:
@@ -455,7 +455,7 @@ def pytorchjob_manifest(
       template:
         spec:
           {_pod(job, args, image, claim, "pytorch", "pytorchjob-port", 10)}"""
-    return _CHANGE.format(over="pytorchjob", counts="replicas of Worker plus 1, --nnodes   machines") + f"""apiVersion: kubeflow.org/v1
+    return _CHANGE.format(over="pytorchjob", counts="replicas of Worker, --nnodes       machines but one, machines") + f"""apiVersion: kubeflow.org/v1
 kind: PyTorchJob
 metadata: {{name: {name}}}
 spec:
@@ -492,7 +492,7 @@ def make_job(
     tp:int=1, # ranks that work on the same sequences
 )->Job: # ready for `launch`
     "Make sense of what the user asks for; `UserError` where it makes none."
-    if not (found := re.fullmatch(r"(?:(\d+):)?(\d+)|", nodes)): raise UserError(f"--nodes {nodes}: give a number, or MIN:MAX as in 1:2")
+    if not (found := re.fullmatch(r"(?:(\d+):)?([1-9]\d*)|", nodes)): raise UserError(f"--nodes {nodes}: give a number, or MIN:MAX as in 1:2")
     if over not in WAYS: raise UserError(f"there is no way {over} to start a job: give one of {', '.join(WAYS)}")
     listed = read_hostfile(hostfile) if hostfile else ()
     n = int(found[2] or len(listed) or 1)
