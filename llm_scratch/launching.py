@@ -286,6 +286,7 @@ def node_command(
     if job.engine == "deepspeed" and job.min_hosts is None: return deepspeed_command(job, "--no_ssh", "--node_rank", str(node))
     return torchrun_command(job, node, job.hosts[node].slots)
 
+# %% ../nbs/05e_launching.ipynb #1a0c0029
 def _remote(job:Job, command:Sequence[str])->str:
     "A shell line that runs `command` in the job's folder with its environment."
     return f"cd {shlex.quote(job.folder)} && exec env {shlex.join([*(f'{k}={v}' for k,v in job.environment), *command])}"
@@ -301,6 +302,7 @@ def pdsh_command(job:Job)->list[str]: # runs on all hosts
     line = _remote(job, torchrun_command(job, "NODE", job.slots)).replace("%", "%%").replace("--node-rank NODE", "--node-rank %n")
     return ["pdsh", "-R", "ssh", "-S", "-f", str(len(job.hosts)), "-w", ",".join(h.name for h in job.hosts), line]
 
+# %% ../nbs/05e_launching.ipynb #1a0c002a
 def launch_command(
     job:Job, # what and where
     over:str="local", # of `WAYS`
@@ -320,7 +322,7 @@ WAYS = dict(
     pytorchjob=lambda job, node: [["kubectl", "apply", "-f", "-"]],
 )
 
-# %% ../nbs/05e_launching.ipynb #1a0c002c
+# %% ../nbs/05e_launching.ipynb #1a0c002f
 _SLURM = """#!/bin/bash
 # ---- change these -------------------------------------------------------------------------
 #SBATCH --job-name=llm-scratch
@@ -364,7 +366,7 @@ def slurm_script(
     return _SLURM.format(nodes=_fixed(job).nodes, slots=job.slots, cpus=8*job.slots, folder=shlex.quote(job.folder), python=shlex.quote(job.python), program=" ".join(job.program),
                          exports="\n".join(f"export {k}={shlex.quote(v)}" for k,v in job.environment), command=" ".join(command), port=job.port, restarts=job.max_restarts)
 
-# %% ../nbs/05e_launching.ipynb #1a0c002d
+# %% ../nbs/05e_launching.ipynb #1a0c0031
 _POD = """terminationGracePeriodSeconds: 120  # between SIGTERM and SIGKILL: time for a checkpoint
 containers:
 - name: {container}
@@ -403,6 +405,7 @@ def _pod(job:Job, args:Sequence[str], image:str, claim:str, container:str, port_
                        port_name=port_name, port=job.port, cpus=8*job.slots, memory=64*job.slots, slots=job.slots, claim=claim)
     return text.replace("\n", "\n"+" "*indent)
 
+# %% ../nbs/05e_launching.ipynb #1a0c0032
 def kubernetes_manifest(
     job:Job, # whose folder lies on the shared volume
     image:str, # of a container with this library
@@ -440,6 +443,7 @@ spec:
       {_pod(job, args, image, claim, "rank", "rendezvous", 6)}
 """
 
+# %% ../nbs/05e_launching.ipynb #1a0c0033
 def pytorchjob_manifest(
     job:Job, # whose folder lies on the shared volume
     image:str, # of a container with this library
@@ -463,7 +467,7 @@ spec:
   pytorchReplicaSpecs:{replicas("Master", 1)}{replicas("Worker", len(job.hosts)-1) if len(job.hosts) > 1 else ""}
 """
 
-# %% ../nbs/05e_launching.ipynb #1a0c0031
+# %% ../nbs/05e_launching.ipynb #1a0c0037
 def check_world(
     batch_size:int, # sequences of one update, over all ranks
     job:Job, # whose ranks share them
@@ -477,6 +481,7 @@ def check_world(
         if batch_size % (world//tp): raise UserError(f"a batch of {batch_size} sequences cannot be shared out evenly among {world//tp} {'processes' if tp == 1 else f'groups of {tp} processes'}: "
                                                      f"{', '.join(str(n) for n in range(1, batch_size+1) if batch_size%n == 0)} would do, or another batch size")
 
+# %% ../nbs/05e_launching.ipynb #1a0c0038
 def make_job(
     program:Sequence[str], # a module and its arguments, for every rank
     *,
@@ -508,7 +513,7 @@ def make_job(
     if batch_size is not None: check_world(batch_size, job, tp)
     return job
 
-# %% ../nbs/05e_launching.ipynb #1a0c0032
+# %% ../nbs/05e_launching.ipynb #1a0c003a
 def job_file(
     job:Job, # what and where
     over:str, # `slurm`, `kubernetes` or `pytorchjob`
@@ -529,11 +534,13 @@ def launch_text(
     "The commands that `launch` would run, or the file that it would hand in, and nothing started."
     return job_file(job, over, **of_pods) or "\n".join(shlex.join(c) for c in launch_command(job, over, node)) + "\n"
 
+# %% ../nbs/05e_launching.ipynb #1a0c003c
 def stop_command(job:Job)->str: # for a shell on each host
     "Ends what is left of one job on a host, and of no other: its ranks are known by the port at which they met."
     ours = shlex.quote(f"[-]-(master.port|rdzv.endpoint)[ =]([^ ]*:)?{job.port}( |$)")
     return f"pkill -TERM -f {ours}; for i in $(seq 40); do pgrep -f {ours} >/dev/null || exit 0; sleep 1; done; pkill -KILL -f {ours}"
 
+# %% ../nbs/05e_launching.ipynb #1a0c003d
 def launch(
     job:Job, # what and where
     over:str="local", # of `WAYS`

@@ -20,7 +20,7 @@ import threading
 import time
 from pathlib import Path
 
-TOOLS = dict(ip="iproute2", tc="iproute2", sshd="openssh-server", ssh="openssh-client", pdsh="pdsh", nsenter="util-linux", unshare="util-linux", setpriv="util-linux")  # and the Debian package of each
+TOOLS = dict(ip="iproute2", tc="iproute2", sshd="openssh-server", ssh="openssh-client", pdsh="pdsh", pkill="procps", nsenter="util-linux", unshare="util-linux", setpriv="util-linux")  # and the Debian package of each
 ROOT = Path(__file__).resolve().parent.parent
 
 

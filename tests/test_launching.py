@@ -8,12 +8,10 @@ import json
 import os
 import re
 import shlex
-import shutil
 import signal
 import socket
 import subprocess
 import sys
-import threading
 import time
 from dataclasses import replace
 from importlib.util import module_from_spec, spec_from_file_location
@@ -31,7 +29,7 @@ from llm_scratch import launching
 from llm_scratch.core import UserError
 from llm_scratch.engines import ENGINES
 from llm_scratch.launching import (PASSED_ON, WAYS, Host, Job, check_hosts, check_port, check_world, job_file, launch, launch_command, launch_text, local_command, make_job,
-                                   node_command, parse_hostfile, passed_on, rank_environments, read_hostfile, run_together, stop_command, torchrun_command)
+                                   node_command, parse_hostfile, passed_on, rank_environments, read_hostfile, run_together)
 
 ROOT = Path(__file__).resolve().parent.parent
 CLUSTER = ROOT/"deploy"/"cluster"
@@ -313,7 +311,7 @@ def test_shells_on_the_way_change_nothing(over, tmp_path, fake):
     echo.write_text(f"#!{sys.executable}\nimport json, os, sys\njson.dump([sys.argv[1:], os.getcwd(), os.environ['OMP_NUM_THREADS'], os.environ['HF_HOME']], open('out', 'w'))\n")
     echo.chmod(0o755)
     (folder := tmp_path/"my 'shared' folder").mkdir()
-    job = replace(JOB, program=("m", *HOSTILE), python=str(echo), folder=str(folder), environment=(("OMP_NUM_THREADS", "8"), ("HF_HOME", "/a b/$x"))) 
+    job = replace(JOB, program=("m", *HOSTILE), python=str(echo), folder=str(folder), environment=(("OMP_NUM_THREADS", "8"), ("HF_HOME", "/a b/$x")))
     line = launch_command(job, over)[-1][-1]
     if over == "pdsh": line = line.replace("%%", "\0").replace("%n", "1").replace("\0", "%") # as pdsh does
     subprocess.run(["sh", "-c", line], check=True, env=dict(PATH=os.environ["PATH"]))
@@ -579,6 +577,11 @@ def quiet(hosts):
     assert left == [] and not list((hosts.folder/"extensions").rglob("lock"))
 
 
+def finish(process:subprocess.Popen)->None:
+    with contextlib.suppress(ProcessLookupError): os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+
+
 @pytest.fixture(scope="module")
 def alone(): return ranks.plain(12)
 
@@ -684,13 +687,11 @@ def test_who_ends_the_launcher_ends_the_ranks_of_all_hosts_and_nobody_elses(host
         assert job.poll() is None, (tmp_path/"log").read_text()[-3000:]
         launcher = next(pid for pid in hosts.pids("a") if "make_job" in Path(f"/proc/{pid}/cmdline").read_text() and psutil.Process(pid).name() != "nsenter")
         os.kill(launcher, signal.SIGTERM)
-        job.wait(timeout=60)
+        assert job.wait(timeout=60) == 128 + signal.SIGTERM
         assert (len(hosts.pids("a", "ranks")), len(hosts.pids("b", "ranks"))) == (0, 0)
         assert other.poll() is None
     finally:
-        for p in (job, other):
-            os.killpg(p.pid, signal.SIGKILL)
-            p.wait()
+        for p in (job, other): finish(p)
         for pid in hosts.pids("b", "deepspeed.launcher.launch --node_rank=1 --master_port=29999"): os.kill(pid, signal.SIGKILL)
 
 
@@ -713,8 +714,7 @@ def test_a_port_in_use_on_the_first_host(hosts, quiet, tmp_path, key):
         done = hosts.run(key, launch_on(hosts, ["ranks", tmp_path/"seen"], port=port), check=False)
         assert done.returncode == 1 and re.search(rf"^error: port {port} of 10.77.0.1 is in use: give another, such as --port \d+", done.stderr) and "Traceback" not in done.stderr and not (tmp_path/"seen").exists()
     finally:
-        os.killpg(holder.pid, signal.SIGKILL)
-        holder.wait()
+        finish(holder)
         for pid in hosts.pids("a", f"bind(('', {port}))"): os.kill(pid, signal.SIGKILL)
 
 
