@@ -53,6 +53,7 @@ HEAVY = {"datasets", "tokenizers", "matplotlib", "rich", "typer", "ipywidgets", 
          "resiliparse", "trafilatura", "fastwarc", "ftfy", "py3langid", "lingua", "charset_normalizer", "datatrove", "datasketch", "sklearn", "pyarrow", "tiktoken", "megatron"}
     "engines": {"core", "architecture", "checkpointing", "pretraining"},  # pretraining within a function: the proof that engines are equal runs the book's own `train`
     "pretraining": {"core", "checkpointing", "engines"},
+    "launching": {"core", "engines"},  # the names of the engines
     "evaluation": {"core"},
     "pipeline": {"core", "architecture", "generation", "interchange", "llamacpp", "data", "sources", "cleaning", "privacy", "curation", "duplicates", "tokenization", "fastbpe", "checkpointing", "engines", "pretraining", "evaluation"},
 }
