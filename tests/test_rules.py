@@ -36,29 +36,21 @@ MAY_IMPORT = {
     "fastbpe": {"core", "tokenization"},
     "vocabulary": {"core", "data", "tokenization"},  # data fetches the tokenizers of others
     "packing": set(),
-    "checkpointing": {"core"},
-    "distributed": {"architecture"},
     "infrastructure": {"core", "architecture", "data"},  # the sizes of a decoder; the doctor tells which sources are in the cache
-    "monitoring": {"core"},
     "planning": {"core", "architecture"},
-    "pretraining": {"core"},
-    "evaluation": {"core"},
+    "distributed": {"architecture"},
+    "checkpointing": {"core"},
+    "engines": {"core", "architecture", "checkpointing", "pretraining"},  # pretraining within a function: the proof that engines are equal runs the book's own `train`
+    "launching": {"core", "engines"},  # the names of the engines
+    "monitoring": {"core"},
     "megatron": {"core", "architecture", "families", "interchange", "tokenization"},  # weights one way, tokens the other, and a model's folder home
-    "pipeline": {"core", "architecture", "generation", "interchange", "llamacpp", "data", "sources", "cleaning", "privacy", "curation", "duplicates", "tokenization", "fastbpe", "pretraining", "evaluation"},
+    "pretraining": {"core", "checkpointing", "engines"},
+    "evaluation": {"core"},
+    "pipeline": {"core", "architecture", "generation", "interchange", "llamacpp", "data", "sources", "cleaning", "privacy", "curation", "duplicates", "tokenization", "fastbpe", "infrastructure", "planning", "checkpointing", "engines", "launching", "monitoring", "pretraining", "evaluation"},
 }
 HEAVY = {"datasets", "tokenizers", "matplotlib", "rich", "typer", "ipywidgets", "transformers", "evaluate", "IPython", "pandas", "nbdev", "numba", "gguf", "xllamacpp",
          "resiliparse", "trafilatura", "fastwarc", "ftfy", "py3langid", "lingua", "charset_normalizer", "datatrove", "datasketch", "sklearn", "pyarrow", "tiktoken",
-         "psutil", "pynvml"}
-         "tensorboard", "wandb", "prometheus_client", "psutil", "pynvml"}
-         "resiliparse", "trafilatura", "fastwarc", "ftfy", "py3langid", "lingua", "charset_normalizer", "datatrove", "datasketch", "sklearn", "pyarrow", "tiktoken", "megatron"}
-    "engines": {"core", "architecture", "checkpointing", "pretraining"},  # pretraining within a function: the proof that engines are equal runs the book's own `train`
-    "pretraining": {"core", "checkpointing", "engines"},
-    "launching": {"core", "engines"},  # the names of the engines
-    "evaluation": {"core"},
-    "pipeline": {"core", "architecture", "generation", "interchange", "llamacpp", "data", "sources", "cleaning", "privacy", "curation", "duplicates", "tokenization", "fastbpe", "checkpointing", "engines", "pretraining", "evaluation"},
-}
-HEAVY = {"datasets", "tokenizers", "matplotlib", "rich", "typer", "ipywidgets", "transformers", "evaluate", "IPython", "pandas", "nbdev", "numba", "gguf", "xllamacpp",
-         "resiliparse", "trafilatura", "fastwarc", "ftfy", "py3langid", "lingua", "charset_normalizer", "datatrove", "datasketch", "sklearn", "pyarrow", "tiktoken", "deepspeed"}
+         "psutil", "pynvml", "tensorboard", "wandb", "prometheus_client", "deepspeed", "megatron"}
 HEAVY_BUT_ALLOWED = {"pipeline": {"typer"}, "compiled": {"numba"}, "fastbpe": {"numba"}}  # the command line is made of typer's annotations, compiled functions of numba's decorator
 SECONDS = 2  # of CPU time beyond `import torch`, generous
 
