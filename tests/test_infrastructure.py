@@ -562,7 +562,7 @@ def test_one_rank_among_equals_is_found(factors, second, data):
 
 
 def test_two_ranks_and_two_of_four():
-    assert slow_ranks([1., 100.]) == [1] and slow_ranks([1., 1., 9., 12.]) == [3, 2] and slow_ranks([2., 3., 3.1]) == [] # against the lower median
+    assert slow_ranks([1., 2.5]) == [1] and slow_ranks([1., 1., 3., 2.8]) == [2, 3] and slow_ranks([2., 3., 3.1]) == [] # against the lower median
 
 
 @pytest.mark.parametrize("threshold", [1, .5, 0, -2])
@@ -651,7 +651,7 @@ def work(device): # so many products, the median of some goes
 def exchange(peer, device): # counted, not timed: a swap is a millisecond
     swaps = 30 if {rank, peer} == slow_link else 1
     for _ in range(swaps): assert exchange_seconds(peer, device, n_bytes=4096, rounds=1) > 0
-    return swaps/1000
+    return (swaps if rank < peer else 1)/1000 # the end that waits longer counts
 sys.exit(preflight_rank(sizes=[2**14], threshold=20, work=work, exchange=exchange, wait_seconds=60))
 """
 
