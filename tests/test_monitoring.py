@@ -778,11 +778,13 @@ def test_opened_by_a_word(tmp_path):
 
 
 def test_a_run_that_goes_on_keeps_its_rows(tmp_path):
+    accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
     for resume_step, steps in ((0, range(1, 9)), (5, range(6, 8)), (0, range(1, 3))):
-        monitor = open_monitors("jsonl", tmp_path, resume_step=resume_step)
+        monitor = open_monitors("tensorboard", tmp_path, resume_step=resume_step)
         for s in steps: monitor.log(s, VALUES)
         monitor.close()
         assert [r["step"] for r in read_rows(tmp_path/"log.jsonl")] == [*range(1, resume_step+1), *steps]
+        assert [e.step for e in accumulator.EventAccumulator(str(tmp_path/"tensorboard")).Reload().Scalars("train/loss")] == [*range(1, resume_step+1), *steps]
 
 
 def test_other_ranks(tmp_path):
