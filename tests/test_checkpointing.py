@@ -113,7 +113,7 @@ def test_a_checkpoint_appears_whole_with_every_file_in_its_manifest(tmp_path):
     assert (path.parent/"latest").read_text().strip() == "000012"  # what DeepSpeed's own loader reads, too
 
 
-@pytest.mark.parametrize("e", [OSError(errno.ENOSPC, "No space left on device"), RuntimeError("I/O error: No space left on device (os error 28)"), Oops("x"), KeyboardInterrupt()], ids=repr)
+@pytest.mark.parametrize("e", [OSError(errno.ENOSPC, "No space left on device"), OSError(errno.EDQUOT, "Disk quota exceeded"), RuntimeError("I/O error: No space left on device (os error 28)"), Oops("x"), KeyboardInterrupt()], ids=repr)
 def test_a_failed_block_leaves_the_checkpoint_before(e, tmp_path):
     save(tmp_path, 1)
     with pytest.raises(BaseException) as got:
@@ -123,7 +123,7 @@ def test_a_failed_block_leaves_the_checkpoint_before(e, tmp_path):
     assert names(tmp_path) == ["000001", "latest"] and latest(tmp_path).name == "000001"
     if isinstance(e, KeyboardInterrupt): assert got.value is e
     else: assert isinstance(got.value, UserError) and got.value.__cause__ is e and "000002 was not saved: " in str(got.value) and "\n" not in str(got.value)
-    assert ("full" in str(got.value)) == ("space" in str(e))
+    assert ("full" in str(got.value)) == ("space" in str(e) or "quota" in str(e))
 
 
 def test_nothing_written_is_no_checkpoint(tmp_path):
@@ -300,6 +300,20 @@ def test_the_lock_outlives_rank_0_as_long_as_another_rank_lives(tmp_path):
     with run_lock(tmp_path): pass
 
 
+def test_a_rank_that_still_writes_after_the_death_of_rank_0_keeps_the_next_save_out(tmp_path):
+    def hang():
+        with committed(tmp_path, 4, rank=1): (tmp_path/"up").touch(); time.sleep(LIMIT)
+    save(tmp_path, 2)
+    (tmp_path/".000004.saving").mkdir()  # by rank 0, which is dead
+    child = forked(hang)
+    try:
+        until((tmp_path/"up").exists)
+        for second in (lambda: save(tmp_path, 6), lambda: clear_leftovers(tmp_path)):
+            with pytest.raises(UserError, match="is in use by"): second()
+    finally: kill(child)
+    assert clear_leftovers(tmp_path) == [".000004.saving"]
+
+
 def test_a_file_system_without_locks_is_one_line(tmp_path):
     with patch.object(checkpointing.fcntl, "flock", side_effect=OSError(errno.ENOSYS, "Function not implemented")), pytest.raises(UserError, match="has no locks .Function not implemented."):
         save(tmp_path, 1)
@@ -382,7 +396,18 @@ def test_every_other_rank_syncs_after_all_have_written(tmp_path):
     assert {(who, name) for who, name, _ in synced} == {("1", "0.bin"), ("1", "1.bin")} and all({"0.bin", "1.bin"} <= set(there) for *_, there in synced)
 
 
-GLOO = "two processes over gloo"
+def test_a_sync_that_fails_on_another_rank_ends_the_save(tmp_path):
+    "The kernel may have dropped the bytes: no second try, and no checkpoint."
+    save(tmp_path, 1)
+    def work(rank, agree):
+        threading.current_thread().name = str(rank)
+        with committed(tmp_path, 2, rank=rank, agree=agree) as new: (new/f"{rank}.bin").write_bytes(b"1")
+    def broken(path):
+        if threading.current_thread().name == "1": time.sleep(.05); raise OSError(errno.EIO, "Input/output error")
+    with patch.object(checkpointing, "_sync", broken): out = Threads(2).run(work)
+    assert {str(e) for e in out} == {f"{tmp_path/'000002'} was not saved: rank 1: OSError: [Errno 5] Input/output error"} and names(tmp_path) == ["000001", "latest"]
+
+
 def gloo_rank(rank, port, folder):
     import torch.distributed as dist
     dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
@@ -391,12 +416,12 @@ def gloo_rank(rank, port, folder):
         try:
             with committed(folder/"run", step, rank=rank, agree=agree) as new:
                 save_file(dict(x=torch.full((4,), float(step + rank))), new/f"{rank}.safetensors")
-                if rank == bad: raise OSError(errno.ENOSPC, "No space left on device")
+                if bad in (rank, "all"): raise OSError(errno.ENOSPC, "No space left on device")
                 if bad == 9 and rank: os.kill(os.getpid(), signal.SIGKILL)
             lines.append("saved")
         except UserError as e: lines.append(str(e))
     with run_lock(folder/"run", rank=rank, agree=agree):
-        attempt(2); attempt(4, bad=0); attempt(5, bad=1); attempt(6)
+        attempt(2); attempt(3, bad="all"); attempt(4, bad=0); attempt(5, bad=1); attempt(6)
         (folder/f"{rank}.json").write_text(json.dumps(lines))
         attempt(8, bad=9)
     (folder/"last.json").write_text(json.dumps(lines[-1]))
@@ -410,7 +435,7 @@ def test_two_processes_save_give_up_and_lose_a_rank(tmp_path):
     assert time.monotonic() - start < 60
     zero, one = (json.loads((tmp_path/f"{r}.json").read_text()) for r in (0, 1))
     full = f"the disk of {tmp_path/'run'} is full, make room or give another folder"
-    assert zero == one == ["saved", f"{tmp_path/'run'/'000004'} was not saved: rank 0: {full}", f"{tmp_path/'run'/'000005'} was not saved: rank 1: {full}", "saved"]
+    assert zero == one == ["saved", f"{tmp_path/'run'/'000003'} was not saved: rank 0: {full}", f"{tmp_path/'run'/'000004'} was not saved: rank 0: {full}", f"{tmp_path/'run'/'000005'} was not saved: rank 1: {full}", "saved"]
     assert json.loads((tmp_path/"last.json").read_text()) == f"{tmp_path/'run'/'000008'} was not saved: another rank is gone"
     assert latest(tmp_path/"run").name == "000006" and names(tmp_path/"run") == ["000002", "000006", "latest"]
     assert [load_file(tmp_path/"run"/"000006"/f"{r}.safetensors")["x"][0].item() for r in (0, 1)] == [6, 7]
@@ -438,7 +463,7 @@ def latest_or_lost(folder):
     except UserError: return "lost"
 
 
-@pytest.mark.filterwarnings("ignore:.*Going on from")
+@pytest.mark.filterwarnings("error")  # the pointer is right on every disk: it never names what is not there
 def test_no_power_cut_costs_a_checkpoint(tmp_path):
     rows = [(done, latest_or_lost(found(tree, tmp_path/str(i)))) for i, (done, tree) in enumerate(saved_third(tmp_path/"run"))]
     assert len(rows) > 100 and set(rows) == {(False, "000004"), (False, "000006"), (True, "000006")}
@@ -507,33 +532,31 @@ def test_a_folder_is_found_only_when_the_folder_that_holds_it_was_synced(tmp_pat
 def state_of(step): return dict(x=torch.full((1_000_000,), float(step)), y=torch.full((1000,), float(step)))
 
 
-def save_for_ever(folder, ready):
-    torch.set_num_threads(1)
+def save_for_ever(folder, saved_one):
     step = int(latest(folder).name) if latest(folder) else 0
-    ready()
     while True:
         step += 1
         with committed(folder, step) as new: save_file(state_of(step), new/"state.safetensors")
+        saved_one()
 
 
-def save_over_for_ever(folder, ready):
-    torch.set_num_threads(1)
-    ready()
-    for step in range(10**9): torch.save(state_of(step), folder/"state.pt")
+def save_over_for_ever(folder, saved_one):
+    for step in range(10**9): torch.save(state_of(step), folder/"state.pt"); saved_one()
 
 
 def killed(worker, folder, n, look):
-    "Kill the worker `n` times at random moments; what `look` says after each."
+    "Kill the worker `n` times, each time at a random moment of its second or third save; what `look` says after each."
     rng, out = random.Random(0), []
     folder.mkdir()
     for _ in range(n):
         up, down = os.pipe()
-        child = forked(lambda: worker(folder, lambda: os.write(down, b"1")))
+        child = forked(lambda: (torch.set_num_threads(1), worker(folder, lambda: os.write(down, b"1"))))
         os.close(down)
+        start = time.monotonic()
         assert os.read(up, 1), "the worker died by itself"
-        os.close(up)
-        time.sleep(rng.uniform(.01, .08))
+        time.sleep(rng.uniform(0, 1.5)*(time.monotonic() - start))
         kill(child)
+        os.close(up)
         out.append(look(folder))
     return out
 
@@ -542,7 +565,7 @@ def killed(worker, folder, n, look):
 def test_fifty_kills_leave_no_unreadable_checkpoint_and_the_naive_way_loses_several(tmp_path):
     cut = []
     def look(folder):
-        cut.append(any(n.endswith(".saving") for n in names(folder)))
+        cut.append(any(n[0] == "." for n in names(folder)))
         path = latest(folder)  # every checksum
         if path is None: return 0
         x = load_file(path/"state.safetensors")
@@ -552,8 +575,8 @@ def test_fifty_kills_leave_no_unreadable_checkpoint_and_the_naive_way_loses_seve
         try: return bool(torch.load(folder/"state.pt"))
         except Exception: return False
     steps = killed(save_for_ever, tmp_path/"whole", 50, look)
-    assert steps == sorted(steps) and steps[-1] > 0 and sum(cut) >= 8  # nothing goes back, and many kills came in the middle
-    assert killed(save_over_for_ever, tmp_path/"naive", 50, naive).count(False) >= 3
+    assert steps == sorted(set(steps)) and sum(cut) >= 8  # each life got further, nothing went back, and many kills came in the middle
+    assert killed(save_over_for_ever, tmp_path/"naive", 20, naive).count(False) >= 3
 
 
 def test_a_kill_while_saving_in_the_background_leaves_the_one_before(tmp_path):
