@@ -223,9 +223,9 @@ def _groups(state:TrainState)->list[dict]: # all but the parameters themselves
 @contextmanager
 def _checkpoint(state:TrainState, folder:str|Path, about:dict, keep:Callable[[list[int]], set[int]], form:str)->Iterator[Path]:
     "All but the tensors of a new checkpoint; those are written in the block."
+    rng = torch.stack(state.engine.gather(torch.get_rng_state())) # of every rank; within the block nobody may wait for one that has failed
     with committed(folder, state.step, rank=int(not state.engine.is_main), agree=state.engine.agree, keep=keep) as new:
         yield new
-        rng = torch.stack(state.engine.gather(torch.get_rng_state())) # of every rank
         if state.engine.is_main:
             save_file(dict(rng=rng), new/"rng.safetensors")
             write_json(new/"state.json", dict(step=state.step, form=form, about=about, groups=_groups(state)))
