@@ -264,13 +264,15 @@ def total(self:Wire,
 
 # %% ../nbs/05b_distributed.ipynb #3d43128c
 def tcp_bytes_sent()->int: # bytes, headers not included
-    "What this process has really sent through its open TCP connections, asked from the kernel (Linux)."
+    "What this process has really sent through its open TCP connections, repeats not counted, asked from the kernel (Linux)."
     n = 0
     for fd in os.listdir("/proc/self/fd"):
         try: s = socket.socket(fileno=os.dup(int(fd)))
         except OSError: continue # no socket
         with s:
-            if s.family in (socket.AF_INET, socket.AF_INET6): n += struct.unpack_from("Q", s.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 256), 200)[0]
+            if s.family not in (socket.AF_INET, socket.AF_INET6): continue
+            sent,again = struct.unpack_from("QQ", s.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 256), 200)
+            n += sent-again
     return n
 
 # %% ../nbs/05b_distributed.ipynb #6d16e468
