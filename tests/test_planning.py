@@ -111,6 +111,8 @@ def test_the_scale_weighs():
         return torch.zeros(2500)
     assert peak_bytes(work) == 12_000
     assert peak_bytes(lambda: torch.zeros(10_000)) == 40_000
+    kept = []
+    assert peak_bytes(lambda: kept.append(torch.zeros(1000))) == 4000 # given out last, and never back
     before = torch.zeros(1000) # not seen
     assert 4000 <= peak_bytes(lambda: before + 1) <= 4040
 
