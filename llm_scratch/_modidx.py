@@ -1466,6 +1466,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                       'llm_scratch.planning.moment_bytes': ('planning.html#moment_bytes', 'llm_scratch/planning.py'),
                                       'llm_scratch.planning.peak_bytes': ('planning.html#peak_bytes', 'llm_scratch/planning.py'),
                                       'llm_scratch.planning.peak_memory': ('planning.html#peak_memory', 'llm_scratch/planning.py'),
+                                      'llm_scratch.planning.plan_report': ('planning.html#plan_report', 'llm_scratch/planning.py'),
                                       'llm_scratch.planning.plan_rows': ('planning.html#plan_rows', 'llm_scratch/planning.py'),
                                       'llm_scratch.planning.plan_text': ('planning.html#plan_text', 'llm_scratch/planning.py'),
                                       'llm_scratch.planning.plan_training': ('planning.html#plan_training', 'llm_scratch/planning.py'),

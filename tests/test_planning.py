@@ -15,8 +15,8 @@ from torch.testing import assert_close
 from llm_scratch.architecture import Decoder, ModelConfig, activation_bytes, n_params, training_flops_per_token
 from llm_scratch.core import UserError
 from llm_scratch.generation import generate
-from llm_scratch.planning import (CHIPS, Layout, Machines, _fitting, _host_bytes, _layouts, block_activation_bytes, block_params, checkpoint_blocks, end_activation_bytes,
-                                  gpt_layer_bytes, keep_blocks, matrix_params, moment_bytes, peak_bytes, peak_memory, plan_rows, plan_text, plan_training, room, start_command, state_bytes,
+from llm_scratch.planning import (CHIPS, SHAPES, Layout, Machines, _fitting, _host_bytes, _layouts, block_activation_bytes, block_params, checkpoint_blocks, end_activation_bytes,
+                                  gpt_layer_bytes, keep_blocks, matrix_params, moment_bytes, peak_bytes, peak_memory, plan_report, plan_rows, plan_text, plan_training, room, start_command, state_bytes,
                                   step_time, tides, tokens_to_hide, traffic)
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -95,6 +95,7 @@ def test_computed_again_nothing_changes(dtype):
     assert generate(model, ids, 8, temperature=0).tolist() == written.tolist()
     checkpoint_blocks(checkpoint_blocks(model))
     runs.clear(); gradients(); assert len(runs) == 2
+    assert getattr(model.layers[0].forward.args[0], "__self__", None) is model.layers[0] # wrapped once, not twice
     assert keep_blocks(model) is model
     runs.clear(); gradients(); assert len(runs) == 1
     handle.remove()
@@ -110,6 +111,8 @@ def test_the_scale_weighs():
         return torch.zeros(2500)
     assert peak_bytes(work) == 12_000
     assert peak_bytes(lambda: torch.zeros(10_000)) == 40_000
+    kept = []
+    assert peak_bytes(lambda: kept.append(torch.zeros(1000))) == 4000 # given out last, and never back
     before = torch.zeros(1000) # not seen
     assert 4000 <= peak_bytes(lambda: before + 1) <= 4040
 
@@ -241,7 +244,7 @@ WEIGHED = [ # MB of the highest moment, as the allocator said once (torch 2.13, 
     (WIDE, Layout(), 64, 170.03), (WIDE, Layout(optimizer="muon"), 64, 229.80), (WIDE, Layout(precision="bf16"), 64, 166.98), (WIDE, Layout("ddp", 4), 64, 181.82),
     (WIDE, Layout("ddp", 2, precision="bf16"), 64, 196.99), (WIDE, Layout("fsdp", 4, 3, precision="bf16"), 64, 58.0), (WIDE, Layout("fsdp", 2, 3, n_micro=2), 64, 137.16), (WIDE, Layout("fsdp", 8, 3, n_micro=2), 64, 90.15),
     (WIDE, Layout("fsdp", 2, 3), 64, 108.4), (WIDE, Layout("fsdp", 8, 3, checkpoint=True), 64, 50.8), (WIDE, Layout("fsdp", 8, 3, precision="bf16", checkpoint=True), 64, 41.8),
-    (DEEP, Layout("ddp", 2, batch_size=2), 256, 75.02), (DEEP, Layout(precision="bf16", batch_size=2, checkpoint=True), 256, 29.28), (DEEP, Layout("fsdp", 8, 3, n_micro=2, precision="bf16", batch_size=2), 256, 42.36)]
+    (DEEP, Layout(batch_size=2, checkpoint=True), 256, 31.43), (DEEP, Layout("ddp", 2, batch_size=2), 256, 75.02), (DEEP, Layout(precision="bf16", batch_size=2, checkpoint=True), 256, 29.28), (DEEP, Layout("fsdp", 8, 3, n_micro=2, precision="bf16", batch_size=2), 256, 42.36)]
 
 
 @pytest.mark.parametrize("cfg, lay, T, megabytes", WEIGHED)
@@ -381,6 +384,8 @@ def test_what_a_plan_costs():
     assert plan.tokens_per_second == pytest.approx(2**20/plan.time.total)
     exact = plan_training(GPT2, Machines(A100), 2**21, tokens_per_step=2**19, precision="fp32")
     assert exact.n_steps == 4 and exact.mfu == pytest.approx(2**19*training_flops_per_token(GPT2, 1024)/exact.time.total/19.5e12)
+    shared = plan_training(B7, Machines(CHIPS["l4"], 8), 1e9, tokens_per_step=2**20)
+    assert shared.layout.n_data == 2 and shared.chip_hours == pytest.approx(8*shared.hours) and shared.tokens_per_step == 2**20
     short = plan_training(GPT2, Machines(A100), 1e6, tokens_per_step=2**19, seq_len=256)
     assert short.seq_len == 256 and short.tokens_per_step == 2**19
 
@@ -389,7 +394,7 @@ def test_the_text():
     plan = plan_training(B7, NODE, 140e9, tokens_per_step=2**20)
     rows = dict(plan_rows(plan))
     assert rows["settings"] == "engine=deepspeed, precision=bf16, batch_size=1, n_micro=32, zero_stage=2"
-    assert rows["step"] == "8 parts x 32 micro-batches x 1 texts x 4096 = 1,048,576 tokens" and rows["model"].startswith("6.61 billion weights")
+    assert rows["step"] == "8 parts x 32 micro-batches x 1 x 4096 = 1,048,576 tokens" and rows["model"].startswith("6.61 billion weights")
     assert rows["start"] == start_command(plan) == "torchrun --nnodes 1 --nproc-per-node 8 -m llm_scratch pretrain --run runs/plan --engine deepspeed --precision bf16 --zero-stage 2"
     assert "14,9" in rows["money"] and "62.7 of 74 GB" in rows["memory"] and "133,515 steps" in rows["run"]
     assert plan_text(plan).count("\n") == len(plan_rows(plan)) - 1 and "note" not in rows
@@ -428,3 +433,14 @@ def test_refusals():
     with pytest.raises(UserError, match="no number of them fits it"): plan_training(B70, Machines(CHIPS["rtx4090"]), 1e9, optimizer="muon")
     fixed = plan_training(B7, Machines(A100, 6), 1e9, tokens_per_step=516096) # what the refusal said
     assert fixed.tokens_per_step == 516096
+
+
+def test_a_report_from_names():
+    assert SHAPES["7b"] == B7 and SHAPES["70b"] == B70 and SHAPES["gpt2"] == GPT2 and 1.2e9 < n_params(SHAPES["1.3b"]) < 1.4e9
+    told = plan_report("7b", "a100", 8, n_tokens=140e9, tokens_per_step=2**20)
+    assert told == plan_text(plan_training(B7, NODE, 140e9, tokens_per_step=2**20))
+    assert plan_report(GPT2, CHIPS["h100"]) == plan_text(plan_training(GPT2, Machines(CHIPS["h100"]), 20*n_params(GPT2)))
+    assert "at 2.5 per chip" in plan_report("gpt2", "l4", dollars=2.5)
+    assert plan_report("7b", "h100", 8, 8, network=400) == plan_text(plan_training(B7, Machines(CHIPS["h100"], 8, 8, network=50e9), 20*n_params(B7)))
+    for wrong, what in ((dict(model="8b"), "gpt2, 1.3b, 7b, 70b"), (dict(chip="b300"), "a100, h100"), (dict(per_node=0), "at least 1"), (dict(network=0), "above 0")):
+        with pytest.raises(UserError, match=what): plan_report(**(dict(model="gpt2", chip="a100") | wrong))
