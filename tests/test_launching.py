@@ -148,7 +148,7 @@ def test_some_may_fail(none_left, tmp_path):
     well = python(f"import time; time.sleep(1.5); open(r'{tmp_path}/done', 'w')")
     assert run_together([well, python("import os; os._exit(9)")], may_fail=1) == 0
     assert (tmp_path/"done").exists()
-    assert run_together([python("import time; time.sleep(300)"), *[python("import os; os._exit(9)")]*2], may_fail=1) == 9
+    assert run_together([python("import time; time.sleep(300)"), python("import os; os._exit(9)"), python("import os, time; time.sleep(1); os._exit(8)")], may_fail=1) == 9
 
 
 def test_an_alarm_in_the_error_output(none_left, capfd):
