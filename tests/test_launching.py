@@ -2,6 +2,7 @@
 
 The last part needs root, iproute2, openssh-server and pdsh; where one is missing it says so and is skipped.
 """
+import base64
 import contextlib
 import io
 import json
@@ -148,7 +149,7 @@ def test_some_may_fail(none_left, tmp_path):
     well = python(f"import time; time.sleep(1.5); open(r'{tmp_path}/done', 'w')")
     assert run_together([well, python("import os; os._exit(9)")], may_fail=1) == 0
     assert (tmp_path/"done").exists()
-    assert run_together([python("import time; time.sleep(300)"), *[python("import os; os._exit(9)")]*2], may_fail=1) == 9
+    assert run_together([python("import time; time.sleep(300)"), python("import os; os._exit(9)"), python("import os, time; time.sleep(1); os._exit(8)")], may_fail=1) == 9
 
 
 def test_an_alarm_in_the_error_output(none_left, capfd):
@@ -364,6 +365,7 @@ def test_batches_that_can_be_shared_out():
     check_world(8, JOB)
     check_world(8, replace(JOB, min_hosts=1))
     check_world(8, replace(JOB, hosts=(Host("a", 8),)), tp=8)
+    check_world(4, replace(JOB, hosts=(Host("a", 8),)), tp=4)
     check_world(7, replace(JOB, engine="tp"))
     with pytest.raises(UserError, match="among 4 processes"): check_world(6, JOB)
     with pytest.raises(UserError, match="among 4 processes"): check_world(6, replace(JOB, min_hosts=1))
@@ -679,7 +681,8 @@ def test_a_rank_that_dies_in_the_middle(hosts, quiet, tmp_path):
 def test_who_ends_the_launcher_ends_the_ranks_of_all_hosts_and_nobody_elses(hosts, quiet, tmp_path):
     "Another DeepSpeed job on the same host, by the same Python, goes on."
     pytest.importorskip("deepspeed")
-    other = hosts.start("b", [sys.executable, "-u", "-c", "import time; time.sleep(600)", "-m", "deepspeed.launcher.launch", "--node_rank=1", "--master_port=29999"])
+    world = base64.urlsafe_b64encode(json.dumps(dict(here=[0])).encode()).decode()
+    other = hosts.start("b", [sys.executable, "-u", "-m", "deepspeed.launcher.launch", f"--world_info={world}", "--master_port=29999", "--no_python", "--no_local_rank", "sleep", "6000"])
     job = hosts.start("a", launch_on(hosts, ["ranks", tmp_path, "--rounds", "10000", "--pause", ".2"], "pdsh", engine="deepspeed", port=hosts.free_port()), tmp_path/"log")
     try:
         deadline = time.monotonic() + LIMIT
@@ -689,10 +692,10 @@ def test_who_ends_the_launcher_ends_the_ranks_of_all_hosts_and_nobody_elses(host
         os.kill(launcher, signal.SIGTERM)
         assert job.wait(timeout=60) == 128 + signal.SIGTERM
         assert (len(hosts.pids("a", "ranks")), len(hosts.pids("b", "ranks"))) == (0, 0)
-        assert other.poll() is None
+        assert other.poll() is None and hosts.pids("b", "sleep 6000")
     finally:
         for p in (job, other): finish(p)
-        for pid in hosts.pids("b", "deepspeed.launcher.launch --node_rank=1 --master_port=29999"): os.kill(pid, signal.SIGKILL)
+        for pid in hosts.pids("b", "sleep 6000"): os.kill(pid, signal.SIGKILL)
 
 
 def test_a_host_that_nobody_answers_for(hosts, quiet, tmp_path):
