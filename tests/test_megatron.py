@@ -2,13 +2,13 @@
 import json
 import os
 import random
-import signal
 import subprocess
 import sys
 from dataclasses import asdict, fields, replace
 from pathlib import Path
 
 import numpy as np
+import psutil
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
@@ -204,13 +204,13 @@ if __name__ == "__main__": main()
 """
 
 
-def run_all(command:list, **more)->subprocess.CompletedProcess:
-    "Run a program; nothing that it started outlives it."
+def run_all(command:list, limit:float=400, **more)->subprocess.CompletedProcess:
+    "Run a program; nothing that it started outlives the limit: torchrun's workers lead groups of their own."
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True, **more) as p:
-        try: out, _ = p.communicate(timeout=400)
-        finally:
-            try: os.killpg(p.pid, signal.SIGKILL)
-            except ProcessLookupError: pass
+        try: out, _ = p.communicate(timeout=limit)
+        except BaseException:
+            for child in [*psutil.Process(p.pid).children(recursive=True), p]: child.kill()
+            raise
     return subprocess.CompletedProcess(command, p.returncode, out)
 
 
