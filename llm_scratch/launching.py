@@ -555,7 +555,7 @@ def launch(
     if node == 0 and over != "local": check_port(job.address, job.port)
     with tempfile.TemporaryDirectory() as tmp:
         (listed := Path(tmp)/"environment").write_text("".join(f"{k}={v}\n" for k,v in job.environment), encoding="utf-8")
-        status = run_together(commands, [dict(DS_ENV_FILE=str(listed))]*len(commands), [h.name for h in job.hosts] if over == "ssh" else [over],
+        status = run_together(commands, [dict(DS_ENV_FILE=str(listed), OMP_NUM_THREADS=os.environ.get("OMP_NUM_THREADS", "1"))]*len(commands), [h.name for h in job.hosts] if over == "ssh" else [over],
                               may_fail=0 if job.min_hosts is None or over != "ssh" else len(job.hosts)-job.min_hosts,
                               ask=signal.SIGKILL if remote else signal.SIGTERM, alarm=r"ssh exited with exit code (\d+)" if over == "pdsh" else "")
     if remote and status: run_together([[*_SSH, h.name, stop_command(job)] for h in job.hosts], names=[f"stopping what is left on {h.name}" for h in job.hosts], may_fail=len(job.hosts))

@@ -7,7 +7,7 @@ __all__ = ['PRESETS', 'IMPORT', 'Watch', 'CLEANING', 'SAMPLING', 'app', 'decoder
            'start_run', 'quietly', 'cleaning_stages', 'prepare_documents', 'prepare_tokens', 'read_log', 'pretrain',
            'model_card', 'save_pretrained', 'write_texts', 'read_results', 'evaluate_run', 'scorecard',
            'save_scorecard', 'stream_text', 'until_ctrl_c', 'main', 'is_imported', 'import_hf', 'import_gguf',
-           'open_imported', 'export_hf', 'export_gguf', 'machine_report']
+           'open_imported', 'export_hf', 'export_gguf']
 
 # %% ../nbs/12_pipeline.ipynb #0e203540
 import codecs
@@ -18,6 +18,7 @@ import shutil
 import signal
 import sys
 import time
+import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import closing, contextmanager
@@ -33,17 +34,21 @@ from torch import nn
 
 from .architecture import Decoder, ModelConfig, init_weights, load_model, n_params, save_model, training_flops_per_token
 from .cleaning import basic_stages, full_stages, listed_words, quality_texts, train_quality
-from .checkpointing import keep_last
+from .checkpointing import clear_leftovers, keep_last, latest, run_lock
 from .core import UserError, atomic_path, read_json, write_json
 from .curation import curate, curation_notes, read_curated
-from .data import SOURCES, Document, cache_dir, load_corpus, load_documents, nearest, save_documents, split_corpus, tiny_corpus, to_dataset
+from .data import SOURCES, Document, load_corpus, load_documents, nearest, save_documents, split_corpus, tiny_corpus, to_dataset
 from .duplicates import Decontaminate
 from .engines import ENGINES, Engine, is_loss_of_contact, make_engine, speaks_first
 from .evaluation import Result, bits_per_byte, counts_steps, looks_like_recipe, mean_of, ratio_of, share_of, token_nats, train_ngram
 from .generation import Cache, sample, stream
 from .interchange import TOKENIZER_FILES, copy_tokenizer, find_tensors, load_hf, load_special_ids, save_hf
+from .infrastructure import HardwareSampler, doctor_rows, hardware_report, local_preflight, measured_rows, preflight_rank
+from .launching import WAYS, launch, launch_text, make_job
 from .llamacpp import load_gguf, read_gguf, save_gguf, write_modelfile
-from .pretraining import Batches, Step, TrainState, checkpoints, load_checkpoint, make_adamw, make_optimizers, save_checkpoint, train, wsd
+from .monitoring import Monitors, open_monitors, read_rows, write_monitoring
+from .planning import CHIPS, SHAPES, checkpoint_blocks, plan_report
+from .pretraining import Batches, Step, TrainState, load_checkpoint, make_adamw, make_optimizers, save_checkpoint, train, wsd
 from .privacy import RedactPII
 from .sources import Stage, open_streams
 from .tokenization import HubTokenizer, Shards, Tokenizer, load_tokenizer, save_tokenizer, train_bpe, write_shards
@@ -220,9 +225,10 @@ def _shards(run:Run, split:str)->Shards:
     return shards
 
 # %% ../nbs/12_pipeline.ipynb #0f615cb5
-def _start(run:Run, engine:Engine, optimizers:Callable[[nn.Module], list[torch.optim.Optimizer]])->TrainState:
+def _start(run:Run, engine:Engine, optimizers:Callable[[nn.Module], list[torch.optim.Optimizer]], recompute:bool)->TrainState:
     "Fresh weights and optimizers, laid out as the engine wants them."
     model = init_weights(Decoder(run.preset.config), run.seed)
+    if recompute: checkpoint_blocks(model)
     return TrainState(*engine.prepare(model, optimizers, run.preset.batch_size), engine=engine)
 
 def _about(run:Run)->dict:
@@ -238,11 +244,7 @@ def read_log(
     run:Run, # trained, at least in part
 )->list[dict]: # of each update: `step`, `loss`, `lr`, `grad_norm`, `n_tokens`, `seconds`
     "The log of a run, oldest first."
-    return _read_lines(run.log) if run.log.exists() else []
-
-def _save(run:Run, state:TrainState, log:list[dict], about:dict)->None:
-    if state.engine.is_main: _write_lines(run.log, log)
-    save_checkpoint(state, run.checkpoints, about, keep_last(2))
+    return read_rows(run.log)
 
 # %% ../nbs/12_pipeline.ipynb #cbc40b51
 def _whole_model(run:Run, state:TrainState)->Decoder|None: # in the main process
@@ -259,29 +261,46 @@ def _batches(run:Run, engine:Engine)->Batches:
     if size % world: raise UserError(f"batch_size={size} of {run.folder} is not a multiple of the {world} parts that the processes want: start {' or '.join(str(n) for n in range(1, size+1) if size % n == 0)}")
     return Batches(_shards(run, "train"), run.preset.context_len, size//world, run.seed, rank=engine.rank, world=world)
 
+def _resume(run:Run, engine:Engine, state:TrainState, about:dict)->None:
+    "Go back to the newest checkpoint that is whole, if there is one."
+    def found()->Path|None: clear_leftovers(run.checkpoints); return latest(run.checkpoints)
+    if path := engine.at_main(found): load_checkpoint(state, path, about)
+
+def _monitors(run:Run, state:TrainState, about:dict, spec:str)->Monitors:
+    "Whoever is told what every update did."
+    import torch.distributed as dist
+    rank,local = (dist.get_rank(),dist.get_node_local_rank(0)) if dist.is_initialized() else (0, 0)
+    sample = HardwareSampler().sample if "prometheus" in spec else None
+    return open_monitors(spec, run.folder, resume_step=state.step, config=about, rank=rank, local_rank=local, sample=sample)
+
 def pretrain(
     run:Run, # with tokens
     engine:Engine|None=None, # what trains, in every process the same; None: this process alone
     optimizers:Callable[[nn.Module], list[torch.optim.Optimizer]]=make_optimizers, # or `make_adamw`
+    monitor:str="", # who is told of every update beside the log, as for `open_monitors`
+    recompute:bool=False, # are blocks computed again in the backward pass, which needs less memory and a third more time?
 )->Iterator[Step]: # one after every update that is still to be made
     "Step 6: train until the preset's number of updates is made; a caller who leaves early, in all processes after the same update, leaves a checkpoint behind."
     engine = engine or Engine()
     if engine.share(run.model.exists()): return
-    batches,about,state = _batches(run, engine),_about(run),_start(run, engine, optimizers)
-    if saved := engine.share(checkpoints(run.checkpoints)): load_checkpoint(state, saved[-1], about)
-    log = [row for row in read_log(run) if row["step"] <= state.step]
-    n_steps,begin = run.preset.n_steps,time.perf_counter()
-    for step in train(state, batches, partial(wsd, n_steps=n_steps), n_steps):
-        seconds,begin = time.perf_counter()-begin,time.perf_counter()
-        log.append(dict(step=step.n, loss=step.loss, lr=step.lr, grad_norm=step.grad_norm, n_tokens=step.n_tokens, seconds=round(seconds, 4)))
-        if saved_now := step.n % run.preset.save_every == 0: _save(run, state, log, about)
-        try: yield step
-        except GeneratorExit:
-            if not saved_now: _save(run, state, log, about)
-            raise
-    _save(run, state, log, about)
-    if model := _whole_model(run, state): save_pretrained(run, model)
-    engine.agree("") # the others leave when the model is there
+    batches,about,state,n_steps = _batches(run, engine),_about(run),_start(run, engine, optimizers, recompute),run.preset.n_steps
+    save = lambda: save_checkpoint(state, run.checkpoints, about, keep_last(2))
+    with run_lock(run.folder, rank=int(not engine.is_main), agree=engine.agree):
+        _resume(run, engine, state, about)
+        with _monitors(run, state, about, monitor) as monitors:
+            begin = time.perf_counter()
+            for step in train(state, batches, partial(wsd, n_steps=n_steps), n_steps):
+                seconds,begin = time.perf_counter()-begin,time.perf_counter()
+                monitors.log(step.n, dict(loss=step.loss, lr=step.lr, grad_norm=step.grad_norm, n_tokens=step.n_tokens, seconds=round(seconds, 4)))
+                if saved_now := step.n % run.preset.save_every == 0: save()
+                try: yield step
+                except GeneratorExit:
+                    if not saved_now: save()
+                    raise
+            save()
+        if model := _whole_model(run, state): save_pretrained(run, model)
+        engine.agree("") # the others leave when the model is there
+
 
 # %% ../nbs/12_pipeline.ipynb #d7fa7390
 def model_card(
@@ -527,6 +546,7 @@ def _verb(name:str, does:str|None=None)->Callable: # `does` is for a function wi
 def main()->None:
     "The command `llm-scratch`."
     logging.basicConfig(format="llm-scratch: %(message)s")
+    warnings.formatwarning = lambda message, *where: f"llm-scratch: {message}\n"
     app(prog_name="llm-scratch")
 
 # %% ../nbs/12_pipeline.ipynb #1e0dbd84
@@ -587,13 +607,13 @@ def _tokens(run:Run)->None:
     tok = prepare_tokens(run, _track())
     _console().print(f"tokenize  {_shards(run, 'train').n_tokens:,} tokens of {tok.vocab_size:,} kinds in {run.tokens}")
 
-def _training(run:Run, engine:Engine|None=None, optimizers:Callable[[nn.Module], list[torch.optim.Optimizer]]=make_optimizers)->None:
+def _training(run:Run, engine:Engine|None=None, **how)->None: # `how` is for `pretrain`
     "Train with a bar that shows loss, tokens per second and time left; Ctrl-C leaves a checkpoint."
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
     engine = engine or Engine()
     console,n_steps,task,step,loss = _console(quiet=not engine.is_main),run.preset.n_steps,None,None,None
     columns = TextColumn("pretrain"),BarColumn(),MofNCompleteColumn(),TextColumn("{task.description}"),TimeRemainingColumn()
-    with until_ctrl_c() as asked, Progress(*columns, console=console, transient=True, disable=console.quiet or not console.is_terminal) as bar, closing(pretrain(run, engine, optimizers)) as steps:
+    with until_ctrl_c() as asked, Progress(*columns, console=console, transient=True, disable=console.quiet or not console.is_terminal) as bar, closing(pretrain(run, engine, **how)) as steps:
         begin = time.perf_counter()
         for step in steps:
             if task is None: task,first = bar.add_task("", total=n_steps, completed=step.n-1),step.n
@@ -639,24 +659,60 @@ _walk_from_text("run", "Go through all steps, from text to scorecard; what is do
 
 # %% ../nbs/12_pipeline.ipynb #ed59a32b
 _OPTIMIZERS = dict(muon=make_optimizers, adamw=make_adamw)
+_EngineOption = Annotated[str, typer.Option("--engine", help=f"{', '.join(ENGINES)}: who trains; all but plain want to be launched")]
+_StageOption = Annotated[int, typer.Option("--zero-stage", help="of deepspeed: what is cut over the processes, 0 nothing to 3 everything", min=0, max=3)]
+_TpOption = Annotated[int, typer.Option("--tp", help="processes that share each matrix product, for fsdp and tp", min=1, show_default="all for tp, else 1")]
+_PrecisionOption = Annotated[str, typer.Option("--precision", help="of the matrix products: fp32 or bf16")]
+_OffloadOption = Annotated[bool, typer.Option("--offload", help="keep optimizer and weights in the memory of the CPU, for fsdp and deepspeed")]
+_OptimizerOption = Annotated[str, typer.Option("--optimizer", help=f"{' or '.join(_OPTIMIZERS)}; a run keeps its own", show_default="adamw for deepspeed, else muon")]
+_RecomputeOption = Annotated[bool, typer.Option("--recompute", help="compute blocks again in the backward pass: less memory, a third more time")]
+_MonitorOption = Annotated[str, typer.Option("--monitor", help="who hears of every update beside the log: tensorboard, wandb, prometheus:PORT, with commas between", show_default="nobody")]
+_TimeoutOption = Annotated[float, typer.Option("--timeout", help="seconds after which a process that waits in vain for another gives up", min=1)]
 
 @_verb("pretrain")
 def _pretrain_verb(
-    run:_RunOption=None, preset:_PresetOption=None, depth:_DepthOption=None, seed:_SeedOption=None,
-    engine:Annotated[str, typer.Option(help=f"{', '.join(ENGINES)}: who trains; all but plain want to be launched")]="plain",
-    zero_stage:Annotated[int, typer.Option(help="of deepspeed: what is cut over the processes, 0 nothing to 3 everything", min=0, max=3)]=2,
-    tp:Annotated[int, typer.Option(help="processes that share each matrix product, for fsdp and tp", min=1, show_default="all for tp, else 1")]=None,
-    precision:Annotated[str, typer.Option(help="of the matrix products: fp32 or bf16")]="fp32",
-    offload:Annotated[bool, typer.Option("--offload", help="keep optimizer and weights in the memory of the CPU, for fsdp and deepspeed")]=False,
-    optimizer:Annotated[str, typer.Option(help=f"{' or '.join(_OPTIMIZERS)}; a run keeps its own", show_default="adamw for deepspeed, else muon")]=None,
-    timeout:Annotated[float, typer.Option(help="seconds after which a process that waits in vain for another gives up", min=1)]=45,
+    run:_RunOption=None, preset:_PresetOption=None, depth:_DepthOption=None, seed:_SeedOption=None, engine:_EngineOption="plain", zero_stage:_StageOption=2, tp:_TpOption=None,
+    precision:_PrecisionOption="fp32", offload:_OffloadOption=False, optimizer:_OptimizerOption=None, recompute:_RecomputeOption=False, monitor:_MonitorOption="", timeout:_TimeoutOption=45,
 )->None:
     "Train the model, or go on with it, in one process or launched in many; Ctrl-C stops, the same command continues."
     e = make_engine(engine, precision=precision, zero_stage=zero_stage, tp=tp, offload=offload, timeout=timeout)
     optimizer = optimizer or ("adamw" if engine == "deepspeed" else "muon")
     if optimizer not in _OPTIMIZERS: raise UserError(f"there is no optimizer {optimizer}: give one of {', '.join(_OPTIMIZERS)}")
-    _training(open_run(e.at_main(lambda: _begin(run, preset, depth, seed).folder)), e, _OPTIMIZERS[optimizer])
+    _training(open_run(e.at_main(lambda: _begin(run, preset, depth, seed).folder)), e, optimizers=_OPTIMIZERS[optimizer], monitor=monitor, recompute=recompute)
     e.close()
+
+
+# %% ../nbs/12_pipeline.ipynb #ed59a32c
+def _rank_program(run:Path, options:dict[str, object])->list[str]: # a module and its arguments; options that are None, False or empty are left out
+    "What every process of a launched training runs."
+    given = {f"--{k.replace('_', '-')}":v for k,v in options.items() if v not in (None, False, "")}
+    return ["llm_scratch", "pretrain", "--run", str(run), *(word for k,v in given.items() for word in ([k] if v is True else [k, str(v)]))]
+
+@_verb("launch")
+def _launch_verb(
+    run:_RunOption=None, preset:_PresetOption=None, depth:_DepthOption=None, seed:_SeedOption=None,
+    over:Annotated[str, typer.Option(help=f"{', '.join(WAYS)}: how the processes are started")]="local",
+    nodes:Annotated[str, typer.Option(help="machines: 2, or 1:2 to go on with one when the other is lost", show_default="all of the hostfile, or 1")]="",
+    processes:Annotated[int, typer.Option(help="of each machine, one per GPU, where there is no hostfile", min=1)]=1,
+    hostfile:Annotated[str, typer.Option(help="lists the machines: NAME slots=N in each line", show_default="none")]=None,
+    address:Annotated[str, typer.Option(help="of the first machine", show_default="its name in the hostfile")]=None,
+    port:Annotated[int, typer.Option(help="on which the processes meet there")]=29500,
+    node_rank:Annotated[int, typer.Option(help="number of this machine, for no_ssh", min=0)]=0,
+    max_restarts:Annotated[int, typer.Option(help="for --nodes MIN:MAX", min=0)]=10,
+    image:Annotated[str, typer.Option(help="of the pods, for kubernetes and pytorchjob")]="llm-scratch:latest",
+    claim:Annotated[str, typer.Option(help="the volume that the pods share")]="shared",
+    dry_run:Annotated[bool, typer.Option("--dry-run", help="print the commands, or the file for the scheduler, and start nothing")]=False,
+    engine:_EngineOption="ddp", zero_stage:_StageOption=2, tp:_TpOption=None, precision:_PrecisionOption="fp32", offload:_OffloadOption=False, optimizer:_OptimizerOption=None,
+    recompute:_RecomputeOption=False, monitor:_MonitorOption="", timeout:_TimeoutOption=45,
+)->None:
+    "Train with many processes, on this machine or on many: `pretrain`, started everywhere and watched over."
+    r = _begin(run, preset, depth, seed)
+    in_pod = over in ("kubernetes", "pytorchjob") # paths are those of the pods
+    program = _rank_program(r.folder if in_pod else r.folder.absolute(), dict(engine=engine, zero_stage=zero_stage if engine == "deepspeed" else None, tp=tp, precision=precision, offload=offload, optimizer=optimizer, recompute=recompute, monitor=monitor, timeout=timeout))
+    job = make_job(program, engine=engine, over=over, nodes=nodes, processes=processes, hostfile=hostfile, address=address, port=port, max_restarts=max_restarts, batch_size=r.preset.batch_size, tp=tp or 1)
+    if dry_run: print(launch_text(job, over, node_rank, image=image, claim=claim), end="")
+    else: raise typer.Exit(launch(job, over, node_rank, image=image, claim=claim))
+
 
 # %% ../nbs/12_pipeline.ipynb #5124448c
 def is_imported(
@@ -831,36 +887,59 @@ def _chat_verb(run:_RunOption=None, preset:_PresetOption=None, temperature:_Temp
         seed += 1
 
 # %% ../nbs/12_pipeline.ipynb #1c596d92
-def _extras()->dict[str, list[str]]: # what is missing for each
-    "The optional parts of the library, as its metadata lists them."
-    from importlib.metadata import PackageNotFoundError, distribution, requires
-    from packaging.requirements import Requirement
-    missing = {}
-    for r in map(Requirement, requires("llm_scratch") or []):
-        extra = str(r.marker or "").partition("extra ==")[2].strip(" \"'")
-        if not extra: continue
-        try: there = r.specifier.contains(distribution(r.name).version, prereleases=True)
-        except PackageNotFoundError: there = False
-        missing.setdefault(extra, []).extend([] if there else [str(r).partition(";")[0].strip()])
-    return missing
-
-def machine_report()->list[tuple[str, str]]: # what, and how much of it
-    "What this machine has, as far as a training run cares."
-    import platform
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
-    there = [s.name for s in SOURCES.values() if (cache_dir()/s.filename).exists()]
-    rows = [("python", f"{platform.python_version()} on {platform.system()} {platform.machine()}"), ("torch", f"{torch.__version__}, {torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}"),
-            ("cores", str(cores)), ("gpus", ", ".join(gpus) or "none that torch can use"), ("disk", f"{shutil.disk_usage('.').free/1e9:,.0f} GB free here"),
-            ("cache", f"{cache_dir()}: {', '.join(there) or 'no source yet'}")]
-    if hasattr(os, "sysconf"): rows.insert(3, ("memory", f"{os.sysconf('SC_PAGE_SIZE')*os.sysconf('SC_PHYS_PAGES')/2**30:.1f} GiB"))
-    return rows + [(f"extra {name}", f"pip install 'llm_scratch[{name}]' adds {', '.join(m)}" if m else "installed") for name,m in _extras().items()]
-
-@_verb("doctor")
-def _doctor_verb()->None:
-    "Say what this machine has, and which optional parts are installed."
+def _print_rows(rows:Iterable[tuple[str, str]])->None:
+    "Two columns on standard output."
     from rich.console import Console
     from rich.table import Table
     table = Table(box=None, show_header=False)
-    for row in machine_report(): table.add_row(*row)
+    for row in rows: table.add_row(*row)
     Console(highlight=False, markup=False).print(table)
+
+@_verb("doctor")
+def _doctor_verb(measure:Annotated[bool, typer.Option("--measure", help="measure memory, arithmetic and disk, too: some seconds")]=False)->None:
+    "Say what this machine has, what slows it, and which optional parts are installed."
+    report = hardware_report()
+    _print_rows([*doctor_rows(report), *(measured_rows(report) if measure else [])])
+
+@_verb("preflight")
+def _preflight_verb(
+    ranks:Annotated[int, typer.Option(help="processes on this machine, where no launcher has started them", min=1)]=2,
+    threshold:Annotated[float, typer.Option(help="times the median from which a rank or a link is slow")]=1.5,
+)->None:
+    "Compare all ranks and the links between them; status 1 names the slow one."
+    if "RANK" in os.environ: raise typer.Exit(preflight_rank(threshold=threshold)) # we are one of them
+    status,text = local_preflight(ranks, threshold=threshold)
+    print(text)
+    raise typer.Exit(status)
+
+
+# %% ../nbs/12_pipeline.ipynb #1c596d93
+@_verb("plan-training")
+def _plan_verb(
+    model:Annotated[str, typer.Option(help=f"{', '.join(SHAPES)}", show_default="a decoder of --depth")]=None,
+    depth:Annotated[int, typer.Option(help="the dial, where no model is named", min=1)]=12,
+    vocab_size:Annotated[int, typer.Option(help="of that decoder", min=1)]=32_768,
+    context_len:Annotated[int, typer.Option(help="of that decoder, tokens", min=1)]=2048,
+    chip:Annotated[str, typer.Option(help=f"{', '.join(CHIPS)}: what each process computes with")]="a100",
+    per_node:Annotated[int, typer.Option(help="chips in a machine")]=8,
+    nodes:Annotated[int, typer.Option(help="machines")]=1,
+    network:Annotated[float, typer.Option(help="gigabits per second from each chip to other machines")]=200,
+    tokens:Annotated[float, typer.Option(help="to learn from", show_default="20 per weight")]=None,
+    tokens_per_step:Annotated[int, typer.Option(help="of one update, over all ranks")]=2**19,
+    optimizer:_OptimizerOption="adamw", precision:_PrecisionOption="bf16",
+    efficiency:Annotated[float, typer.Option(help="share of the peak that the arithmetic reaches")]=.5,
+    dollars:Annotated[float, typer.Option(help="per chip and hour", show_default="what the book knows")]=None,
+)->None:
+    "Say whether a model fits, on how many processes and how, how long it takes and what it costs."
+    print(plan_report(model or decoder_config(depth, vocab_size, context_len), chip, per_node, nodes, n_tokens=tokens, dollars=dollars, network=network,
+                      tokens_per_step=tokens_per_step, optimizer=optimizer, precision=precision, efficiency=efficiency))
+
+@_verb("monitoring-files")
+def _monitoring_verb(
+    out:Annotated[Path, typer.Option(help="folder")]=Path("monitoring"),
+    slow_step:Annotated[float, typer.Option(help="seconds: an update that takes longer is late")]=60,
+)->None:
+    "Write the configuration and alert rules of Prometheus, and a dashboard for Grafana."
+    write_monitoring(out, slow_step=slow_step)
+    print(f"prometheus.yml, rules.yml and grafana-dashboard.json in {out}")
+

@@ -473,12 +473,14 @@ def _notes(plan:TrainingPlan)->list[str]:
 def start_command(
     plan:TrainingPlan, # from `plan_training`
     run:str="runs/plan", # the folder of the run
-)->str: # for each node
+)->str: # for a shell; over several nodes `hostfile` lists them
     "The command that starts the training."
-    lay = plan.layout
-    options = {"--engine":lay.engine, "--precision":lay.precision, "--zero-stage":lay.stage if lay.engine == "deepspeed" else 0, "--tp":lay.tp if lay.tp > 1 else 0}
-    program = " ".join([f"llm_scratch pretrain --run {run}", *(f"{name} {value}" for name,value in options.items() if value), *(["--offload"] if lay.offload else [])])
-    return f"python -m {program}" if lay.n_ranks == 1 else f"torchrun --nnodes {plan.machines.n_nodes} --nproc-per-node {plan.machines.per_node} -m {program}"
+    lay,machines = plan.layout,plan.machines
+    options = {"--precision":lay.precision, "--zero-stage":lay.stage if lay.engine == "deepspeed" else 0, "--tp":lay.tp if lay.tp > 1 else 0}
+    engine = [f"--engine {lay.engine}", *(f"{name} {value}" for name,value in options.items() if value), *(["--offload"] if lay.offload else []), *(["--recompute"] if lay.checkpoint else [])]
+    if lay.n_ranks == 1: return " ".join([f"llm-scratch pretrain --run {run}", *engine])
+    hosts = f"--processes {machines.per_node}" if machines.n_nodes == 1 else f"--over ssh --hostfile hostfile --nodes {machines.n_nodes}"
+    return " ".join([f"llm-scratch launch --run {run} {hosts}", *engine])
 
 def plan_rows(
     plan:TrainingPlan, # from `plan_training`

@@ -4,11 +4,10 @@
 
 # %% auto #0
 __all__ = ['Batches', 'even_out', 'Muon', 'make_optimizers', 'make_adamw', 'wsd', 'TrainState', 'Step', 'add_gradients', 'update',
-           'train', 'save_checkpoint', 'save_shards', 'load_checkpoint', 'checkpoints', 'prune_checkpoints']
+           'train', 'save_checkpoint', 'save_shards', 'load_checkpoint']
 
 # %% ../nbs/06_pretraining.ipynb #2726f7e9
 import math
-import shutil
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -282,17 +281,3 @@ def load_checkpoint(
     torch.set_rng_state(rng[engine.rank%len(rng)].clone())
     state.step = saved["step"]
     return state
-
-# %% ../nbs/06_pretraining.ipynb #e0a71a83
-def checkpoints(
-    folder:str|Path, # of one run; need not exist
-)->list[Path]: # oldest first
-    "The checkpoints of a run."
-    return sorted((p for p in Path(folder).glob("*") if p.name.isdecimal()), key=lambda p: int(p.name))
-
-def prune_checkpoints(
-    folder:str|Path, # of one run
-    keep:int=2, # how many of the latest stay, at least 1
-)->None:
-    "Delete all but the latest checkpoints."
-    for path in checkpoints(folder)[:-keep]: shutil.rmtree(path)

@@ -3,10 +3,12 @@ import json
 import os
 import random
 import re
+import shlex
 import shutil
 import subprocess
 import sys
 import time
+from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 
@@ -50,7 +52,7 @@ def copy(finished, tmp_path): return Path(shutil.copytree(finished, tmp_path/"ti
 # --- the whole run ---------------------------------------------------------------------------------------------------
 
 def test_run_leaves_what_the_chapter_promises(finished):
-    names = {p.name for p in finished.iterdir()}
+    names = {p.name for p in finished.iterdir()} - {".run.lock"}  # held while it trains
     assert names == {"run.json", "documents", "tokenizer", "tokens", "checkpoints", "log.jsonl", "model", "results.jsonl", "samples.json", "scorecard.html", "scorecard.md"}
     rows = [json.loads(line) for line in (finished/"results.jsonl").read_text().splitlines()]
     assert all(r.keys() == {"step", "name", "goal", "mean", "stderr", "n", "seed"} and r["stderr"] >= 0 and r["n"] > 0 and r["seed"] == 0 for r in rows)
@@ -146,12 +148,20 @@ def flip(path:Path):
     data = bytearray(path.read_bytes()); data[len(data)//2] ^= 1; path.write_bytes(data)
 
 
+@pytest.mark.parametrize("spoil", [lambda c: flip(c/"state.safetensors"), lambda c: (c/"manifest.json").unlink(), lambda c: (c.parent/"latest").write_text("7")])
+def test_a_damaged_checkpoint_is_told_and_the_one_before_leads_to_the_same_model(copy, spoil):
+    whole = (copy/"model"/"model.safetensors").read_bytes()
+    shutil.rmtree(copy/"model")
+    spoil(copy/"checkpoints"/"000030")
+    with pytest.warns(UserWarning, match="Going on from .*0000[23]0, which is whole"): assert call("pretrain", "--run", copy)[0] == 0
+    assert (copy/"model"/"model.safetensors").read_bytes() == whole
+
+
 @pytest.mark.parametrize("spoil, verb, named, remedy", [
     (lambda r: flip(r/"documents"/"train.parquet"), "tokenize", "train.parquet", "llm-scratch data"),
     (lambda r: flip(r/"tokenizer"/"tokenizer.json"), "tokenize", "tokenizer.json", "llm-scratch tokenize"),
     (lambda r: (shutil.rmtree(r/"model"), flip(r/"tokens"/"train"/"00000.bin")), "pretrain", "00000.bin", "llm-scratch tokenize"),
-    (lambda r: (shutil.rmtree(r/"model"), flip(r/"checkpoints"/"000030"/"state.safetensors")), "pretrain", "state.safetensors", "delete the folder"),
-    (lambda r: (shutil.rmtree(r/"model"), (r/"checkpoints"/"000030"/"manifest.json").unlink()), "pretrain", "manifest.json", "delete the folder"),
+    (lambda r: (shutil.rmtree(r/"model"), *(flip(c/"state.safetensors") for c in (r/"checkpoints").glob("0*"))), "pretrain", "state.safetensors", "move the folder away"),
     (lambda r: flip(r/"model"/"model.safetensors"), "evaluate", "model.safetensors", "again"),
     (lambda r: flip(r/"tokens"/"validation"/"00000.bin"), "evaluate", "00000.bin", "llm-scratch tokenize"),
     (lambda r: (r/"run.json").write_text("{"), "evaluate", "run.json", "start again"),
@@ -282,6 +292,40 @@ def test_doctor_knows_the_machine():
     plain = " ".join(out.split())
     assert status == 0 and all(word in plain for word in ("python", "torch", "cores", "cache", "extra interchange", "extra deploy"))
     assert "'llm_scratch[" in plain or all(" adds " not in line for line in out.splitlines())  # brackets are no markup
+
+
+def test_a_plan_says_how_to_start_and_that_command_is_understood(tmp_path):
+    start_run(tmp_path/"r", replace(cpu().tiny(), batch_size=8))
+    for more in ([], ["--per-node", 1], ["--chip", "l4", "--tokens-per-step", 2**20]):
+        status, out, _ = call("plan-training", "--model", "1.3b", *more)
+        assert status == 0 and "memory" in out
+        _, *words = shlex.split(re.search(r"start +(.*)", out)[1].replace("runs/plan", str(tmp_path/"r")))
+        if words[0] == "launch": assert call(*words, "--dry-run")[0] == 0
+        else: assert call(words[0], *words[1:], "--help")[0] == 0 and {w for w in words if w[:2] == "--"} <= set(re.findall(r"--[a-z-]+", call(words[0], "--help")[1]))
+    assert call("plan-training", "--model", "9b")[0] == 2 and "1.3b" in call("plan-training", "--model", "9b")[2]
+    own = ("plan-training", "--depth", 4, "--context-len", 512, "--tokens-per-step", 2048)
+    assert call(*own)[0] == 0 and call(*own, "--chip", "abacus") == (2, "", "llm-scratch: there is no chip abacus: give one of a100, h100, h200, l4, rtx4090, laptop\n")
+
+
+def test_launch_shows_what_every_process_would_run(copy):
+    status, out, _ = call("launch", "--run", copy, "--engine", "deepspeed", "--zero-stage", 3, "--processes", 2, "--recompute", "--monitor", "tensorboard", "--dry-run")
+    assert status == 0 and shlex.split(out)[-13:] == ["--run", str(copy), "--engine", "deepspeed", "--zero-stage", "3", "--precision", "fp32", "--recompute", "--monitor", "tensorboard", "--timeout", "45.0"]
+    status, out, _ = call("launch", "--run", copy, "--over", "kubernetes", "--nodes", 2, "--processes", 2, "--image", "mine:1", "--dry-run")
+    assert status == 0 and "image: mine:1" in out and "completions: 2" in out
+    assert call("launch", "--run", copy, "--processes", 3)[::2] == (2, "llm-scratch: a batch of 4 sequences cannot be shared out evenly among 3 processes: 1, 2, 4 would do, or another batch size\n")
+
+
+def test_the_files_of_monitoring(tmp_path):
+    assert call("monitoring-files", "--out", tmp_path/"m")[0] == 0
+    assert {p.name for p in (tmp_path/"m").iterdir()} == {"prometheus.yml", "rules.yml", "grafana-dashboard.json"}
+
+
+def test_every_update_is_told_and_blocks_computed_again_change_nothing(copy):
+    whole = (copy/"model"/"model.safetensors").read_bytes()
+    for name in ("model", "checkpoints"): shutil.rmtree(copy/name)
+    with closing(pretrain(open_run(copy), monitor="tensorboard", recompute=True)) as steps: assert [s.n for s in steps] == list(range(1, 31))
+    assert (copy/"model"/"model.safetensors").read_bytes() == whole and [r["step"] for r in read_log(open_run(copy))] == list(range(1, 31))
+    assert list((copy/"tensorboard").glob("events*"))
 
 
 # --- presets ---------------------------------------------------------------------------------------------------------------

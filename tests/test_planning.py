@@ -395,22 +395,23 @@ def test_the_text():
     rows = dict(plan_rows(plan))
     assert rows["settings"] == "engine=deepspeed, precision=bf16, batch_size=1, n_micro=32, zero_stage=2"
     assert rows["step"] == "8 parts x 32 micro-batches x 1 x 4096 = 1,048,576 tokens" and rows["model"].startswith("6.61 billion weights")
-    assert rows["start"] == start_command(plan) == "torchrun --nnodes 1 --nproc-per-node 8 -m llm_scratch pretrain --run runs/plan --engine deepspeed --precision bf16 --zero-stage 2"
+    assert rows["start"] == start_command(plan) == "llm-scratch launch --run runs/plan --processes 8 --engine deepspeed --precision bf16 --zero-stage 2"
     assert "14,9" in rows["money"] and "62.7 of 74 GB" in rows["memory"] and "133,515 steps" in rows["run"]
     assert plan_text(plan).count("\n") == len(plan_rows(plan)) - 1 and "note" not in rows
     shared = plan_training(B7, Machines(CHIPS["l4"], 8), 1e9, tokens_per_step=2**20)
-    assert shared.settings["tp"] == 4 and shared.settings["checkpoint"] and "--tp 4" in start_command(shared, "there") and "--run there" in start_command(shared, "there")
+    assert shared.settings["tp"] == 4 and shared.settings["checkpoint"] and "--tp 4" in start_command(shared, "there") and start_command(shared).endswith("--recompute") and "--run there" in start_command(shared, "there")
     assert "gradients stay whole" in plan_text(shared) and "no price known" in plan_text(shared)
     alone = plan_training(GPT2, Machines(A100), 1e9)
-    assert start_command(alone).startswith("python -m llm_scratch pretrain") and "zero" not in start_command(alone)
+    assert start_command(alone).startswith("llm-scratch pretrain --run runs/plan --engine plain") and "zero" not in start_command(alone)
     far = plan_training(B7, Machines(A100, 8, 8), 1e9, tokens_per_step=64*4096)
+    assert "--over ssh --hostfile hostfile --nodes 8 --engine" in start_command(far)
     assert re.search(r"note +\d+% of a step waits for the links", plan_text(far))
     tiny = plan_training(GPT2, Machines(A100), 1e9, tokens_per_step=1024, seq_len=128)
     assert plan_training(GPT2, Machines(A100), 1e9, tokens_per_step=128, seq_len=128).time.busy < tiny.time.busy or "too small" in plan_text(tiny)
     assert "too small" in plan_text(plan_training(GPT2, Machines(A100), 1e9, tokens_per_step=128, seq_len=128))
     assert "8 million" in plan_text(plan_training(GPT2, NODE, 1e12, tokens_per_step=2**24)) and "8 million" not in plan_text(plan_training(GPT2, NODE, 1e12, tokens_per_step=2**22))
     host = plan_training(B7, Machines(A100, host_memory=256e9), 1e9, tokens_per_step=4096)
-    assert host.layout.offload and "106 GB of the host" in plan_text(host) and start_command(host).endswith("--offload") and not host.layout.tp > 1
+    assert host.layout.offload and "106 GB of the host" in plan_text(host) and start_command(host).endswith("--offload --recompute") and not host.layout.tp > 1
     with pytest.raises(UserError): plan_training(B7, Machines(A100, host_memory=100e9), 1e9, tokens_per_step=4096)
 
 

@@ -15,7 +15,8 @@ from safetensors.torch import load_file
 from torch import nn
 
 from llm_scratch.core import UserError
-from llm_scratch.pretraining import Batches, TrainState, add_gradients, checkpoints, load_checkpoint, make_optimizers, prune_checkpoints, save_checkpoint, train, wsd
+from llm_scratch.checkpointing import keep_last, latest, saved
+from llm_scratch.pretraining import Batches, TrainState, add_gradients, load_checkpoint, make_optimizers, save_checkpoint, train, wsd
 
 ABOUT = dict(seed=0)
 
@@ -62,14 +63,15 @@ from functools import partial
 from pathlib import Path
 import numpy as np, torch
 from llm_scratch.architecture import Decoder, ModelConfig
+from llm_scratch.checkpointing import keep_last, latest
 from llm_scratch.pretraining import *
 torch.set_num_threads(1); torch.manual_seed(0)
 model = Decoder(ModelConfig(64, context_len=16, n_layers=2, n_heads=2, n_kv_heads=1, d_model=32, d_ff=64, d_head=16))
 state, folder = TrainState(model, make_optimizers(model)), Path(sys.argv[1])
-if done := checkpoints(folder): load_checkpoint(state, done[-1], dict(seed=0))
+if done := latest(folder): load_checkpoint(state, done, dict(seed=0))
 print("ready", flush=True)
 for step in train(state, Batches(np.arange(3000) * 7 % 61, 16, 4), partial(wsd, n_steps=60), 60):
-    save_checkpoint(state, folder, dict(seed=0)); prune_checkpoints(folder)
+    save_checkpoint(state, folder, dict(seed=0), keep=keep_last(2))
 """
 
 
@@ -88,18 +90,16 @@ def test_killed_at_random_moments_ends_with_the_same_bits(tmp_path):
         kills += 1
         if child.wait(120) == 0: break
     assert kills > 3
-    whole, killed = (load_file(checkpoints(tmp_path/name)[-1]/"state.safetensors") for name in ("whole", "killed"))
+    whole, killed = (load_file(latest(tmp_path/name)/"state.safetensors") for name in ("whole", "killed"))
     assert _same(whole, killed)
 
 
-def test_checkpoints_sort_by_number_and_old_ones_go(tmp_path):
-    assert checkpoints(tmp_path/"none") == []
+def test_checkpoints_sort_by_number(tmp_path):
+    assert latest(tmp_path/"none") is None
     state = _state()
     for step in (5, 1000000, 40): state.step = step; save_checkpoint(state, tmp_path, ABOUT)
     (tmp_path/".000099.123.new").mkdir()  # what a killed process leaves
-    assert [p.name for p in checkpoints(tmp_path)] == ["000005", "000040", "1000000"]
-    prune_checkpoints(tmp_path, keep=2)
-    assert [p.name for p in checkpoints(tmp_path)] == ["000040", "1000000"]
+    assert list(saved(tmp_path)) == [5, 40, 1000000]
 
 
 def _flip(f):
