@@ -303,7 +303,7 @@ def test_a_plan_says_how_to_start_and_that_command_is_understood(tmp_path):
         if words[0] == "launch": assert call(*words, "--dry-run")[0] == 0
         else: assert call(words[0], *words[1:], "--help")[0] == 0 and {w for w in words if w[:2] == "--"} <= set(re.findall(r"--[a-z-]+", call(words[0], "--help")[1]))
     assert call("plan-training", "--model", "9b")[0] == 2 and "1.3b" in call("plan-training", "--model", "9b")[2]
-    own = ("plan-training", "--depth", 4, "--context-len", 512, "--tokens-per-step", 2048)
+    own = ("plan-training", "--depth", 4, "--context-len", 512, "--tokens-per-step", 2048, "--per-node", 1)
     assert call(*own)[0] == 0 and call(*own, "--chip", "abacus") == (2, "", "llm-scratch: there is no chip abacus: give one of a100, h100, h200, l4, rtx4090, laptop\n")
 
 
