@@ -20,6 +20,7 @@ from pathlib import Path
 
 import nbformat
 from api import Entry, defined, describe, public
+from filelock import FileLock
 from nbdev.doclinks import NbdevLookup
 from nbformat.v4 import new_code_cell, new_markdown_cell
 
@@ -220,7 +221,10 @@ def reference(book:list[Chapter])->str:
 # --- the build -------------------------------------------------------------------------------------------------
 
 def node_modules()->Path:
-    "The folder of npm packages, as package-lock.json pins them; installed when it is missing or older."
+    "The folder of npm packages, as package-lock.json pins them; installed when it is missing or older, by one process at a time."
+    with FileLock(DOCS/".npm.lock"): return _node_modules()
+
+def _node_modules()->Path:
     folder = DOCS/"node_modules"
     mark = folder/".package-lock.json"
     if mark.is_file() and mark.stat().st_mtime >= (DOCS/"package-lock.json").stat().st_mtime: return folder

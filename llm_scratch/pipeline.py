@@ -266,10 +266,10 @@ def _resume(run:Run, engine:Engine, state:TrainState, about:dict)->None:
     def found()->Path|None: clear_leftovers(run.checkpoints); return latest(run.checkpoints)
     if path := engine.at_main(found): load_checkpoint(state, path, about)
 
-def _monitors(run:Run, state:TrainState, about:dict, spec:str)->Monitors:
+def _monitors(run:Run, engine:Engine, state:TrainState, about:dict, spec:str)->Monitors:
     "Whoever is told what every update did."
     import torch.distributed as dist
-    rank,local = (dist.get_rank(),dist.get_node_local_rank(0)) if dist.is_initialized() else (0, 0)
+    rank,local = (dist.get_rank(),dist.get_node_local_rank(0)) if dist.is_initialized() else (int(not engine.is_main), 0)
     sample = HardwareSampler().sample if "prometheus" in spec else None
     return open_monitors(spec, run.folder, resume_step=state.step, config=about, rank=rank, local_rank=local, sample=sample)
 
@@ -287,7 +287,7 @@ def pretrain(
     save = lambda: save_checkpoint(state, run.checkpoints, about, keep_last(2))
     with run_lock(run.folder, rank=int(not engine.is_main), agree=engine.agree):
         _resume(run, engine, state, about)
-        with _monitors(run, state, about, monitor) as monitors:
+        with _monitors(run, engine, state, about, monitor) as monitors:
             begin = time.perf_counter()
             for step in train(state, batches, partial(wsd, n_steps=n_steps), n_steps):
                 seconds,begin = time.perf_counter()-begin,time.perf_counter()

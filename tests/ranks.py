@@ -13,6 +13,7 @@ import os
 import signal
 import socket
 import time
+from datetime import timedelta
 from pathlib import Path
 
 GIVEN = "RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "GROUP_RANK", "MASTER_ADDR", "MASTER_PORT", "LOCAL_SIZE", "CROSS_RANK", "OMP_NUM_THREADS", "NCCL_DEBUG", "SECRET"
@@ -30,7 +31,7 @@ def fail(how:str, folder:Path)->None:
 def add(args, tell, maybe_fail)->None:
     import torch
     import torch.distributed as dist
-    dist.init_process_group("gloo")
+    dist.init_process_group("gloo", timeout=timedelta(seconds=15))  # ranks that are started anew may miss each other: torchrun then tries again
     for n in range(1, args.rounds+1):
         total = torch.tensor(float(dist.get_rank()))
         dist.all_reduce(total)
