@@ -24,6 +24,9 @@ bench: $(VENV)/.development ## side by side with other libraries, and the stages
 	$(BIN)/python benchmarks/duplicates.py
 	$(BIN)/python benchmarks/cleaning.py
 	$(BIN)/python benchmarks/trainers.py
+	$(BIN)/python benchmarks/scaling.py
+	$(BIN)/python benchmarks/monitors.py
+	$(BIN)/python benchmarks/machine.py
 
 machine: ## what tests need beside Python: a browser, ssh, Prometheus, where this machine lets us
 	@sh tests/machine.sh
