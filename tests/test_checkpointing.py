@@ -46,6 +46,7 @@ def flip(f):
 def forked(work):
     "Run `work` in a fork, which is warm; the child never comes back into pytest."
     if pid := os.fork(): return pid
+    torch.set_num_threads(1)  # the threads of the parent do not come along, and a child that waits for them hangs
     signal.alarm(2*LIMIT)  # whatever happens to the parent
     try: work(); os._exit(0)
     except BaseException: import traceback; traceback.print_exc(); os._exit(1)
