@@ -15,9 +15,9 @@ from statistics import median
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT)) # this checkout, whichever is installed
 from llm_scratch.core import UserError  # noqa: E402
-from llm_scratch.monitoring import JsonLines, PrometheusExporter, TensorBoard, WandB, read_rows, several  # noqa: E402
+from llm_scratch.monitoring import JsonLines, PrometheusExporter, TensorBoard, WandB, Monitors, read_rows  # noqa: E402
 
-MAKERS = {"JSON lines":lambda folder: JsonLines(folder/"log.jsonl"), "JSON lines, several()":lambda folder: several([JsonLines(folder/"log.jsonl")]), "Prometheus exporter":lambda folder: PrometheusExporter(),
+MAKERS = {"JSON lines":lambda folder: JsonLines(folder/"log.jsonl"), "JSON lines, Monitors":lambda folder: Monitors([JsonLines(folder/"log.jsonl")]), "Prometheus exporter":lambda folder: PrometheusExporter(),
           "TensorBoard":lambda folder: TensorBoard(folder/"board"), "Weights & Biases, offline":lambda folder: WandB(folder)}
 
 def timed(make, n:int)->tuple[float, float]: # CPU and elapsed microseconds per row

@@ -14,7 +14,7 @@ import shutil
 import socket
 import warnings
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager, nullcontext
 from itertools import count, product
 from pathlib import Path
@@ -23,7 +23,7 @@ from unittest.mock import patch
 
 import torch
 
-from .core import UserError, _discard, _sync, atomic_path, check_seal, seal
+from .core import UserError, atomic_path, check_seal, discard, seal, sync
 
 # %% ../nbs/05c_checkpointing.ipynb #cbf97539
 def _look(folder:Path)->tuple[dict[tuple[int, str], int], dict[int, bytes]]:
@@ -34,6 +34,7 @@ def _look(folder:Path)->tuple[dict[tuple[int, str], int], dict[int, bytes]]:
         if p.is_file(): data[p.stat().st_ino] = p.read_bytes()
     return entries,data
 
+# %% ../nbs/05c_checkpointing.ipynb #cbf97539b
 class _Tape:
     "Everything that is asked of the disk below a folder, in order: `(name, ...)` changes, `data` and `sync`."
     def __init__(self, folder:Path):
@@ -94,6 +95,7 @@ def _trees(asked:list[tuple], root:int)->Iterator[dict[str, bytes|None]]:
         files = {p:texts[i] if i in texts else [None] for p,i in paths.items()}
         for found in product(*files.values()): yield dict(zip(files, found))
 
+# %% ../nbs/05c_checkpointing.ipynb #f4dc0831b
 def power_cuts(
     folder:str|Path, # exists; what is in it now is on the disk
     do:Callable[[], Any], # writes, syncs and renames below `folder`; is run once
@@ -184,7 +186,7 @@ def _clear(folder:Path)->list[str]:
     left = sorted(p for word in ("saving", "new", "old", "gone") for p in folder.glob(f".*.{word}"))
     for p in left:
         if p.suffix == ".old" and not (whole := folder/p.name.split(".")[1]).exists(): p.rename(whole)
-        else: _discard(p)
+        else: discard(p)
     return [p.name for p in left]
 
 def clear_leftovers(
@@ -257,7 +259,7 @@ def committed(
                 if not new.is_dir(): raise UserError(f"{new}, made by rank 0, is not seen here: give a folder that all machines share")
                 yield new
             with all_ranks():
-                for part in new.rglob("*") if rank else (): _sync(part) # each machine its own files; rank 0 does so when it commits
+                for part in new.rglob("*") if rank else (): sync(part) # each machine its own files; rank 0 does so when it commits
             with all_ranks():
                 if rank == 0: _commit(new, path); _prune(folder, step, keep)
         except BaseException:

@@ -26,6 +26,7 @@ from functools import partial
 from importlib import import_module
 from multiprocessing.connection import Connection, wait
 
+import cloudpickle
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
@@ -57,13 +58,7 @@ def _serve(pipe:Connection)->None:
         pipe.send_bytes(answer)
 
 # %% ../nbs/05b_distributed.ipynb #0f4f2219
-def _pack(value:object)->bytes:
-    "Bytes of a value; what a notebook or a script defines travels with its code, what a module defines by name."
-    try: import cloudpickle
-    except ImportError: return pickle.dumps(value) # then by name only
-    return cloudpickle.dumps(value)
-
-_unpack = pickle.loads # cloudpickle's bytes call cloudpickle
+_pack,_unpack = cloudpickle.dumps,pickle.loads # what a notebook or a script defines travels with its code, what a module defines by name
 
 # %% ../nbs/05b_distributed.ipynb #a77b9c47
 class RankError(RuntimeError):
@@ -514,33 +509,39 @@ def share_parameters(
         dist.broadcast(p.data, group=wire.group, group_src=rank)
 
 # %% ../nbs/05b_distributed.ipynb #12a25bab
-class _FanOut(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, x, wire):
-        ctx.wire = wire
-        return x.view_as(x)
-    @staticmethod
-    def backward(ctx, grad): return ctx.wire.all_reduce(grad.clone(memory_format=torch.contiguous_format)),None
+def _mirrored(
+    there:Callable, # what the forward pass does: `(x, *where)` to a tensor
+    back:Callable, # what the backward pass does with the gradient, in the same way
+)->Callable: # `there`, with its gradient
+    "A function whose gradient is another function: for pairs that mirror each other."
+    class Mirrored(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x, *where):
+            ctx.where = where
+            return there(x, *where)
+        @staticmethod
+        def backward(ctx, grad): return back(grad, *ctx.where),*[None]*len(ctx.where)
+    return Mirrored.apply
 
-class _FanIn(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, x, wire): return wire.all_reduce(x.clone(memory_format=torch.contiguous_format))
-    @staticmethod
-    def backward(ctx, grad): return grad,None
+def _summed(x:torch.Tensor, wire:Wire)->torch.Tensor: return wire.all_reduce(x.clone(memory_format=torch.contiguous_format))
+def _as_it_is(x:torch.Tensor, wire:Wire)->torch.Tensor: return x.view_as(x)
 
+_fan_out,_fan_in = _mirrored(_as_it_is, _summed),_mirrored(_summed, _as_it_is)
+
+# %% ../nbs/05b_distributed.ipynb #12a25babb
 def fan_out(
     x:torch.Tensor, # the same on all ranks
     wire:Wire, # to the ranks that will each do something else with it
 )->torch.Tensor: # `x`; its gradient is the sum of theirs
     "Enter a part that is spread over ranks: f of Shoeybi et al. (2019, section 3)."
-    return _FanOut.apply(x, wire)
+    return _fan_out(x, wire)
 
 def fan_in(
     x:torch.Tensor, # this rank's term of a sum
     wire:Wire, # to the ranks that have the other terms
 )->torch.Tensor: # the sum, the same on all ranks
     "Leave a part that is spread over ranks: g of Shoeybi et al. (2019, section 3)."
-    return _FanIn.apply(x, wire)
+    return _fan_in(x, wire)
 
 # %% ../nbs/05b_distributed.ipynb #efc3a816
 _CUT = dict(q_proj=0, k_proj=0, v_proj=0, gate_proj=0, up_proj=0, o_proj=1, down_proj=1, embed_tokens=0) # axis along which a weight is spread; what is not here is whole on every rank
@@ -631,22 +632,6 @@ def whole_state(
     return state
 
 # %% ../nbs/05b_distributed.ipynb #d06893af
-class _JoinPositions(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, x, wire):
-        ctx.wire = wire
-        return _gather_positions(x, wire)
-    @staticmethod
-    def backward(ctx, grad): return _scatter_positions(grad, ctx.wire),None
-
-class _ScatterPositions(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, x, wire):
-        ctx.wire = wire
-        return _scatter_positions(x, wire)
-    @staticmethod
-    def backward(ctx, grad): return _gather_positions(grad, ctx.wire),None
-
 def _gather_positions(x:torch.Tensor, wire:Wire)->torch.Tensor: # `(B,T/N,D)` to `(B,T,D)`
     parts = x.new_empty(wire.world, *x.transpose(0, 1).shape)
     parts[wire.rank] = x.transpose(0, 1)
@@ -656,19 +641,21 @@ def _scatter_positions(x:torch.Tensor, wire:Wire)->torch.Tensor: # `(B,T,D)` to 
     first = x.transpose(0, 1)
     return wire.reduce_scatter(first.reshape(-1).clone()).view(-1, *first.shape[1:]).transpose(0, 1)
 
+_join_positions,_sum_positions = _mirrored(_gather_positions, _scatter_positions),_mirrored(_scatter_positions, _gather_positions)
+
 def join_positions(
     x_BtD:torch.Tensor, # this rank's positions
     wire:Wire, # to the ranks that hold the others
 )->torch.Tensor: # `(B,T,D)`, the same on all ranks; its gradient is added up and cut again
     "Enter a tensor-parallel part from a stream that is cut along the text (Korthikanti et al. 2022, section 4.2.2)."
-    return _JoinPositions.apply(x_BtD, wire)
+    return _join_positions(x_BtD, wire)
 
 def sum_positions(
     x_BTD:torch.Tensor, # this rank's term of a sum, all positions
     wire:Wire, # to the ranks that have the other terms
 )->torch.Tensor: # `(B,T/N,D)`: the sum, this rank's positions
     "Leave a tensor-parallel part into a stream that is cut along the text."
-    return _ScatterPositions.apply(x_BTD, wire)
+    return _sum_positions(x_BTD, wire)
 
 # %% ../nbs/05b_distributed.ipynb #2d3379df
 def gpipe(
@@ -775,19 +762,14 @@ def _tie(part:PipeStage, wire:Wire)->None:
     grad += theirs
 
 # %% ../nbs/05b_distributed.ipynb #3734d9a4
-class _Exchange(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, x, wire, cut, join):
-        ctx.rest = wire,cut,join
-        mine = torch.stack(x.chunk(wire.world, cut))
-        theirs = torch.empty_like(mine)
-        wire.sent["all-to-all"] += mine.nbytes*(wire.world-1)//wire.world
-        dist.all_to_all_single(theirs, mine, group=wire.group)
-        return torch.cat(theirs.unbind(), join)
-    @staticmethod
-    def backward(ctx, grad):
-        wire,cut,join = ctx.rest
-        return _Exchange.apply(grad, wire, join, cut),None,None,None
+def _all_to_all(x:torch.Tensor, wire:Wire, cut:int, join:int)->torch.Tensor:
+    mine = torch.stack(x.chunk(wire.world, cut))
+    theirs = torch.empty_like(mine)
+    wire.sent["all-to-all"] += mine.nbytes*(wire.world-1)//wire.world
+    dist.all_to_all_single(theirs, mine, group=wire.group)
+    return torch.cat(theirs.unbind(), join)
+
+_exchange = _mirrored(_all_to_all, lambda grad, wire, cut, join: _all_to_all(grad, wire, join, cut))
 
 def exchange(
     x:torch.Tensor, # of this rank
@@ -796,7 +778,7 @@ def exchange(
     join:int, # axis along which the pieces from all ranks are put together
 )->torch.Tensor: # whole along `join`, one piece of `cut`
     "All-to-all: every rank gives every other one a piece. Its gradient goes the way back."
-    return _Exchange.apply(x, wire, cut, join)
+    return _exchange(x, wire, cut, join)
 
 # %% ../nbs/05b_distributed.ipynb #5f78e8c8
 def ulysses_attend(
@@ -812,13 +794,9 @@ def ulysses_attend(
     return exchange(mix(*(exchange(x, wire, 1, 2) for x in (q_BHTK, k_BGTK, v_BGTK))), wire, 2, 1)
 
 # %% ../nbs/05b_distributed.ipynb #431d8555
-class _Shift(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, x, wire):
-        ctx.wire = wire
-        return wire.shift(x.contiguous(), torch.empty_like(x, memory_format=torch.contiguous_format), kind="ring")
-    @staticmethod
-    def backward(ctx, grad): return ctx.wire.shift(grad.contiguous(), torch.empty_like(grad, memory_format=torch.contiguous_format), -1, "ring"),None
+def _passed(x:torch.Tensor, wire:Wire, by:int)->torch.Tensor: return wire.shift(x.contiguous(), torch.empty_like(x, memory_format=torch.contiguous_format), by, "ring")
+
+_pass_on = _mirrored(lambda x, wire: _passed(x, wire, 1), lambda grad, wire: _passed(grad, wire, -1))
 
 def ring_attend(
     q_BHTK:torch.Tensor, # queries of this rank's positions
@@ -838,7 +816,7 @@ def ring_attend(
         new_top = score.amax(-1, keepdim=True).detach() if step == 0 else torch.maximum(top, score.amax(-1, keepdim=True).detach())
         weight,scale = (score - new_top).exp(),1. if step == 0 else (top - new_top).exp()
         sums,mixed,top = sums*scale + weight.sum(-1, keepdim=True),mixed*scale + weight @ v,new_top
-        if step < wire.world-1: kv = _Shift.apply(kv, wire)
+        if step < wire.world-1: kv = _pass_on(kv, wire)
     return mixed / sums
 
 # %% ../nbs/05b_distributed.ipynb #e3bb20d5

@@ -32,7 +32,7 @@ from torch import nn
 
 from .architecture import Decoder, ModelConfig, init_weights
 from .checkpointing import agree_over
-from .core import UserError, read_json, write_json
+from .core import UserError, optional_package, read_json, write_json
 
 # %% ../nbs/05d_engines.ipynb #e05xengine
 Optimizers = list[torch.optim.Optimizer]
@@ -122,6 +122,7 @@ def _parameter(name:str)->str: # of a name from `named_state`
     kind,_,rest = name.partition(".")
     return rest if kind == "model" else rest.rpartition(".")[0]
 
+# %% ../nbs/05d_engines.ipynb #e05xnamedb
 def check_names(
     mine:dict[str, torch.Size], # sizes by name: of this model
     theirs:dict[str, torch.Size], # of the tensors of a saved state, in which optimizers may have some
@@ -137,6 +138,7 @@ def sizes(
     "Their shapes."
     return {name:x.shape for name,x in tensors.items()}
 
+# %% ../nbs/05d_engines.ipynb #e05xnamedc
 def fill_state(
     model:nn.Module, # bare, filled in place
     optimizers:Optimizers, # of its parameters
@@ -318,6 +320,7 @@ def check_deepspeed(
         if applies: raise UserError(f"DeepSpeed config: {reason}")
     return config
 
+# %% ../nbs/05d_engines.ipynb #e05xdsconfigb
 def deepspeed_config(
     *,
     zero_stage:int, # what is cut over the processes: 0 nothing, 1 the optimizer, 2 gradients too, 3 weights too
@@ -344,13 +347,13 @@ def _deepspeed()->"module":
     "The package, told to be quiet and to compile nothing."
     before = logging.root.manager.disable
     logging.disable(logging.WARNING)
-    try: import deepspeed
-    except ImportError: raise UserError("the engine deepspeed wants a package: pip install 'llm_scratch[distributed]'") from None
+    try: deepspeed = optional_package("deepspeed", "distributed", "the engine deepspeed")
     finally: logging.disable(before)
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
     if not torch.cuda.is_available(): deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False # else it is compiled, for minutes, and used for nothing
     return deepspeed
 
+# %% ../nbs/05d_engines.ipynb #e05xdsb
 @dataclass
 class DeepSpeedEngine(Distributed):
     "DeepSpeed's ZeRO (Rajbhandari et al. 2020). It owns clipping and accumulation, so it must know beforehand what `train` will be told."
@@ -568,6 +571,7 @@ def _plain(precision:str, optimizer:str)->tuple[list["Step"], dict[str, torch.Te
     state,steps = trial(Engine(precision), optimizer)
     return steps,state.model.state_dict()
 
+# %% ../nbs/05d_engines.ipynb #e05xtasksb
 def compare(
     task:dict, # `engine`, and what else `make_engine` takes; `optimizer`
 )->dict: # the task, with the largest differences: `loss` and `bf16` in nats from plain training in float32 and bfloat16, `weight` from the weights of the former, `norm` as a share of its gradient's length; `held`, see `n_held`
@@ -583,6 +587,7 @@ def compare(
         if precision == "fp32" and engine.is_main: apart["weight"] = max((x.cpu() - full[f"model.{name}"].float()).abs().max().item() for name,x in weights.items())
     return task | dict(world=dist.get_world_size() if dist.is_initialized() else 1, held=n_held(engine.bare(state.model), state.optimizers)) | apart
 
+# %% ../nbs/05d_engines.ipynb #e05xtasksc
 def save_trial(
     task:dict, # as for `compare`; `folder`, where to save
 )->dict: # the task

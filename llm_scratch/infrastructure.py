@@ -34,7 +34,7 @@ from typing import NamedTuple
 import torch
 
 from .architecture import ModelConfig
-from .core import UserError
+from .core import UserError, optional_package
 from .data import SOURCES, cache_dir
 
 # %% ../nbs/05_infrastructure.ipynb #if05cei3
@@ -600,8 +600,7 @@ class HardwareSampler:
         root:Path=Path("/"), # of the tree with `sys`, for InfiniBand
         clock:Callable[[], float]=time.monotonic, # seconds
     ):
-        try: import psutil
-        except ImportError: raise UserError("hardware samples need psutil: pip install 'llm_scratch[monitor]'") from None
+        psutil = optional_package("psutil", "monitor", "the hardware sampler")
         self.root,self.clock,self.psutil,self.nvml,self.process = root,clock,psutil,open_nvml(),psutil.Process()
         self.last,self.at = self._counters(),clock()
         psutil.cpu_percent(None) # whose first answer means nothing

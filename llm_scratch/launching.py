@@ -354,6 +354,7 @@ status=$?
 exit "$status"
 """
 
+# %% ../nbs/05e_launching.ipynb #1a0c002fb
 def _fixed(job:Job)->Job: # for those that start a lost host anew themselves
     if job.min_hosts is not None: raise UserError(f"--nodes {job.nodes}: Slurm and Kubernetes start all hosts anew when one is lost; give --nodes {len(job.hosts)}")
     return job

@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from .architecture import Attention, Block, Decoder, ModelConfig, RMSNorm, SwiGLU, attend, fused_attend, rope_angles
-from .core import UserError, atomic_path, read_json
+from .core import UserError, atomic_path, optional_package, read_json
 from .families import UntiedDecoder, llama_block
 from .tokenization import PATTERN, Tokenizer, to_tokenizers_json
 
@@ -158,9 +158,7 @@ def _token_facts(saved:dict, vocab_size:int, eot:str)->dict:
 # %% ../nbs/02d_llamacpp.ipynb #00f3c7d5
 def _gguf():
     "The library `gguf`."
-    try: import gguf
-    except ImportError: raise UserError("packing and unpacking GGUF tensors wants the package gguf: pip install 'llm_scratch[interchange]'") from None
-    return gguf
+    return optional_package("gguf", "interchange", "packing and unpacking GGUF tensors")
 
 _DTYPES = "f32","f16","bf16","q8_0","q5_1","q4_1"
 

@@ -270,6 +270,7 @@ def megatron_logits(
     dist.all_gather(all_ranks, mine, group=group)
     return torch.cat(all_ranks, -1)
 
+# %% ../nbs/05g_megatron.ipynb #meg00031b
 def _widened(ours:Decoder, tp:int)->Decoder: # with the rows of padding, zeros: they count in the loss
     twin = type(ours)(replace(ours.cfg, vocab_size=padded_vocab(ours.cfg.vocab_size, tp)))
     rows = {name:len(p) for name,p in twin.state_dict().items()}
@@ -325,6 +326,7 @@ def save_megatron(
     _barrier()
     return path
 
+# %% ../nbs/05g_megatron.ipynb #meg00038b
 def find_checkpoint(
     folder:str|Path, # of one checkpoint or of all checkpoints of a run
 )->Path: # of the last one

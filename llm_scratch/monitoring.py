@@ -6,8 +6,7 @@
 __all__ = ['SPIKE', 'METRICS', 'HOST_METRICS', 'PANELS', 'Monitor', 'to_line', 'read_rows', 'cut_rows', 'JsonLines', 'robust_z',
            'spike_scores', 'alarm_states', 'Metric', 'host_metric', 'PrometheusExporter', 'Alarm', 'records', 'alarms',
            'rules_text', 'prometheus_text', 'dashboard', 'write_monitoring', 'local_prometheus', 'ask_prometheus',
-           'TensorBoard', 'WandB', 'read_wandb', 'Monitors', 'several', 'open_monitors', 'Tail', 'run_picture',
-           'watch_run']
+           'TensorBoard', 'WandB', 'read_wandb', 'Monitors', 'open_monitors', 'Tail', 'run_picture', 'watch_run']
 
 # %% ../nbs/05f_monitoring.ipynb #e3f674d6
 import errno
@@ -28,18 +27,16 @@ import urllib.error
 import urllib.parse
 import urllib.request
 import zlib
-from collections import Counter, defaultdict, deque
+from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from importlib import import_module
 from itertools import accumulate
 from pathlib import Path
 from statistics import median
-from types import ModuleType
 from typing import Protocol
 
-from .core import UserError, atomic_path, read_json, write_json
+from .core import UserError, atomic_path, optional_package, read_json, write_json
 
 # %% ../nbs/05f_monitoring.ipynb #cb1a0218
 class Monitor(Protocol):
@@ -228,14 +225,9 @@ class _Tally:
         if "seconds" in values: self.sizes[sum(b < values["seconds"] for b in _BUCKETS)] += 1
 
 # %% ../nbs/05f_monitoring.ipynb #2c2a36f3
-def _need(name:str, why:str)->ModuleType:
-    "An optional package; `UserError` names the extra when it is missing."
-    try: return import_module(name)
-    except ImportError: raise UserError(f"{why} wants the package {name.partition('.')[0].replace('_', '-')}: pip install 'llm_scratch[monitor]'") from None
-
 def _family(m:Metric, labels:Sequence[str])->object:
     "An empty metric as the client library has it, with its description and, where the name ends in it, its unit."
-    core = _need("prometheus_client.core", "the Prometheus exporter")
+    core = optional_package("prometheus_client.core", "monitor", "the Prometheus exporter")
     made = dict(gauge=core.GaugeMetricFamily, counter=core.CounterMetricFamily, histogram=core.HistogramMetricFamily)[m.kind]
     unit = next((u for u in ("nats_per_token", "tokens", "updates", "bytes_per_second", "seconds", "ratio", "bytes", "watts", "celsius", "cores") if m.name.removesuffix("_total").endswith(f"_{u}")), "")
     return made(m.name.removesuffix("_total"), f"{m.does} ({m.unit})", labels=labels, unit=unit)
@@ -282,7 +274,7 @@ def _serve(registry:object, host:str, port:int)->tuple[object, threading.Thread]
     "Serve a registry; `UserError` when the address is taken."
     try:
         with socket.create_server((host, port)): pass # a server that shares ports would not notice
-        return _need("prometheus_client", "the Prometheus exporter").start_http_server(port, addr=host, registry=registry)
+        return optional_package("prometheus_client", "monitor", "the Prometheus exporter").start_http_server(port, addr=host, registry=registry)
     except OSError as e: raise UserError(f"can't listen on port {port} of {host} ({e.strerror}): give another port, or 0 for any that is free") from None
 
 # %% ../nbs/05f_monitoring.ipynb #d2849e40
@@ -298,7 +290,7 @@ class PrometheusExporter:
         sample:Callable[[], dict[str, float]]|None=None, # measures the hardware, at each scrape
         targets:str|Path|None=None, # folder for the file that tells Prometheus where to ask; None writes none
     ):
-        registry = _need("prometheus_client", "the Prometheus exporter").CollectorRegistry()
+        registry = optional_package("prometheus_client", "monitor", "the Prometheus exporter").CollectorRegistry()
         self.who,self.sample,self._tally,self._lock = [run, str(rank)],sample,_Tally(step),threading.Lock()
         registry.register(self)
         self._server,self._thread = _serve(registry, host, port)
@@ -503,7 +495,7 @@ class TensorBoard:
         folder:str|Path, # of the event files
         resume_step:int=0, # rows after this update, in files that are there already, are hidden; 0 begins anew
     ):
-        self._writer = _need("torch.utils.tensorboard", "TensorBoard").SummaryWriter(str(folder), purge_step=resume_step+1, flush_secs=10)
+        self._writer = optional_package("torch.utils.tensorboard", "monitor", "TensorBoard").SummaryWriter(str(folder), purge_step=resume_step+1, flush_secs=10)
 
     def log(self,
         step:int, # updates made so far
@@ -528,7 +520,7 @@ class WandB:
         mode:str|None=None, # `offline`, `online`, ...; None is what WANDB_MODE says, else offline
     ):
         os.environ.setdefault("WANDB_ERROR_REPORTING", "false") # else a crash of the client is told to its makers
-        wandb = _need("wandb", "Weights & Biases")
+        wandb = optional_package("wandb", "monitor", "Weights & Biases")
         home = Path(folder)/"wandb"
         if not (home/"id.json").exists(): write_json(home/"id.json", secrets.token_hex(4))
         self.id = read_json(home/"id.json")
@@ -566,7 +558,7 @@ def read_wandb(
     path:str|Path, # a file `run-ID.wandb`, of a run that may have been killed
 )->list[dict[str, float]]: # `step` and what was logged with it, oldest first
     "The rows that an offline run of Weights & Biases holds."
-    messages,data,rows = _need("wandb.proto.wandb_internal_pb2", "reading Weights & Biases"),Path(path).read_bytes(),[]
+    messages,data,rows = optional_package("wandb.proto.wandb_internal_pb2", "monitor", "reading Weights & Biases"),Path(path).read_bytes(),[]
     if data[:4] != b":W&B": raise UserError(f"{path} is not a file of Weights & Biases: it begins with {data[:4]!r}")
     for record in map(messages.Record.FromString, _records(data)):
         if record.WhichOneof("record_type") != "history": continue
@@ -612,12 +604,6 @@ class Monitors:
             if broke and isinstance(m, PrometheusExporter): m.stay_listed()
         self.close()
 
-def several(
-    monitors:Sequence[Monitor], # none is fine, too
-)->Monitors: # never raises
-    "One monitor that passes every row on to all, and goes on without those who fail."
-    return Monitors(monitors)
-
 # %% ../nbs/05f_monitoring.ipynb #7fbb7624
 def _open_prometheus(rest:str, local_rank:int, **how)->PrometheusExporter:
     "An exporter from `PORT`, `HOST:PORT`, and maybe a `+`."
@@ -650,9 +636,9 @@ def open_monitors(
         for name,rest in parts.items():
             if rank == 0 or rest.endswith("+"): opened.append(makers[name](rest))
     except BaseException:
-        several(opened).close()
+        Monitors(opened).close()
         raise
-    return several(opened)
+    return Monitors(opened)
 
 # %% ../nbs/05f_monitoring.ipynb #709a5134
 class Tail:

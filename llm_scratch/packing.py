@@ -6,7 +6,6 @@
 __all__ = ['Piece', 'cut_documents', 'best_fit', 'document_starts', 'PackedBatches', 'WithinDocuments', 'Separately', 'Paired']
 
 # %% ../nbs/04d_packing.ipynb #fcd99ed9
-from bisect import insort
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache

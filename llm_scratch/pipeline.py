@@ -261,6 +261,7 @@ def _batches(run:Run, engine:Engine)->Batches:
     if size % world: raise UserError(f"batch_size={size} of {run.folder} is not a multiple of the {world} parts that the processes want: start {' or '.join(str(n) for n in range(1, size+1) if size % n == 0)}")
     return Batches(_shards(run, "train"), run.preset.context_len, size//world, run.seed, rank=engine.rank, world=world)
 
+# %% ../nbs/12_pipeline.ipynb #cbc40b51b
 def _resume(run:Run, engine:Engine, state:TrainState, about:dict)->None:
     "Go back to the newest checkpoint that is whole, if there is one."
     def found()->Path|None: clear_leftovers(run.checkpoints); return latest(run.checkpoints)
@@ -273,6 +274,7 @@ def _monitors(run:Run, engine:Engine, state:TrainState, about:dict, spec:str)->M
     sample = HardwareSampler().sample if "prometheus" in spec else None
     return open_monitors(spec, run.folder, resume_step=state.step, config=about, rank=rank, local_rank=local, sample=sample)
 
+# %% ../nbs/12_pipeline.ipynb #cbc40b51c
 def pretrain(
     run:Run, # with tokens
     engine:Engine|None=None, # what trains, in every process the same; None: this process alone
@@ -300,7 +302,6 @@ def pretrain(
             save()
         if model := _whole_model(run, state): save_pretrained(run, model)
         engine.agree("") # the others leave when the model is there
-
 
 # %% ../nbs/12_pipeline.ipynb #d7fa7390
 def model_card(

@@ -19,7 +19,7 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from .architecture import ModelConfig, activation_bytes, flops_per_token, n_params, training_flops_per_token
+from .architecture import ModelConfig, flops_per_token, n_params, training_flops_per_token
 from .core import UserError
 
 # %% ../nbs/05a_planning.ipynb #p1a00008
@@ -181,6 +181,7 @@ class Memory:
     def total(self)->float: # bytes
         return self.weights + self.optimizer + self.gradients + self.activations + self.temporary
 
+# %% ../nbs/05a_planning.ipynb #p1a00031b
 def tides(
     cfg:ModelConfig, # the sizes
     lay:Layout, # how a step lies on ranks
@@ -218,6 +219,7 @@ def tides(
             at("embedding", made(L*in_block), 0, 3*head + (head if holds else 0) + visit(0)),
             at("update", 4*n/N if lay.engine == "deepspeed" else made(n), 0, _update_bytes(cfg, lay) + (8*n/N if lay.engine == "deepspeed" else 0))]
 
+# %% ../nbs/05a_planning.ipynb #p1a00031c
 def peak_memory(
     cfg:ModelConfig, # the sizes
     lay:Layout, # how a step lies on ranks
@@ -319,6 +321,7 @@ class StepTime:
     def total(self)->float: # seconds
         return self.busy + self.waiting + self.sharing + self.updating
 
+# %% ../nbs/05a_planning.ipynb #p1a00054b
 def step_time(
     cfg:ModelConfig, # the sizes
     lay:Layout, # how a step lies on ranks
@@ -426,6 +429,7 @@ def _refusal(cfg:ModelConfig, machines:Machines, ways:list[Layout], seq_len:int,
             return UserError(f"{text}: {more.n_ranks} of them would fit it")
     return UserError(f"{text}: no number of them fits it, give shorter texts or larger chips")
 
+# %% ../nbs/05a_planning.ipynb #p1a00061b
 def plan_training(
     cfg:ModelConfig, # the model
     machines:Machines, # what computes
@@ -470,6 +474,7 @@ def _notes(plan:TrainingPlan)->list[str]:
     if plan.tokens_per_step > 8e6: notes.append("more than 8 million tokens per step seldom help: see the critical batch size")
     return notes
 
+# %% ../nbs/05a_planning.ipynb #p1a00062b
 def start_command(
     plan:TrainingPlan, # from `plan_training`
     run:str="runs/plan", # the folder of the run
@@ -482,6 +487,7 @@ def start_command(
     hosts = f"--processes {machines.per_node}" if machines.n_nodes == 1 else f"--over ssh --hostfile hostfile --nodes {machines.n_nodes}"
     return " ".join([f"llm-scratch launch --run {run} {hosts}", *engine])
 
+# %% ../nbs/05a_planning.ipynb #p1a00062c
 def plan_rows(
     plan:TrainingPlan, # from `plan_training`
 )->list[tuple[str, str]]: # what, and how much
@@ -509,6 +515,7 @@ def plan_text(
     "A plan as `llm-scratch plan-training` prints it."
     return "\n".join(f"{what:9} {how_much}" for what,how_much in plan_rows(plan))
 
+# %% ../nbs/05a_planning.ipynb #p1a00062d
 def plan_report(
     model:ModelConfig|str, # the sizes, or a name of `SHAPES`
     chip:Chip|str, # what each rank computes with, or a name of `CHIPS`

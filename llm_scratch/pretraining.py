@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from .checkpointing import committed
+from .checkpointing import check_same, committed
 from .core import UserError, check_seal, read_json, write_json
 from .engines import Engine, cut_like, uncut
 
@@ -269,8 +269,7 @@ def load_checkpoint(
     "Go back to a saved moment, whatever engine it is of; `UserError` when the checkpoint is damaged or of another run."
     path,engine = Path(path),state.engine
     saved = engine.at_main(lambda: _verified(path))
-    wrong = [f"{k}={saved['about'].get(k)}, not {k}={about.get(k)}" for k in sorted({*about, *saved["about"]}) if saved["about"].get(k) != about.get(k)]
-    if wrong: raise UserError(f"{path} is of a run with {'; '.join(wrong)}: start that run in a folder of its own")
+    check_same(path, saved["about"], about)
     groups = [g for opt in state.optimizers for g in opt.param_groups]
     if [g.keys() - {"params"} for g in groups] != [g.keys() for g in saved["groups"]]: raise UserError(f"{path} was saved with other optimizers: make those that it was trained with")
     if saved["form"] == "whole": engine.load_full_state(state.model, state.optimizers, load_file(path/"state.safetensors"))

@@ -24,7 +24,7 @@ from itertools import islice
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
-from .core import UserError
+from .core import UserError, optional_package
 from .data import SOURCES, Document, Entry, read_source, tiny_corpus, to_documents
 
 # %% ../nbs/03a_sources.ipynb #768f66f8
@@ -270,9 +270,8 @@ def decode_html(
     return _guessed(body)
 
 def _guessed(body:bytes)->str|None:
-    try: from resiliparse.parse.encoding import detect_encoding
-    except ImportError: raise UserError("to guess the encoding of a page wants the package resiliparse: pip install 'llm_scratch[data]'") from None
-    with suppress(LookupError, ValueError): return body.decode(detect_encoding(body))
+    guess = optional_package("resiliparse.parse.encoding", "data", "to guess the encoding of a page").detect_encoding
+    with suppress(LookupError, ValueError): return body.decode(guess(body))
 
 # %% ../nbs/03a_sources.ipynb #sde32cea
 def _html(f:BinaryIO, max_bytes:int)->Iterator[Entry|Drop]:
@@ -325,10 +324,8 @@ def _page(record:"fastwarc.warc.WarcRecord", max_bytes:int)->tuple[str, dict]|Dr
 
 # %% ../nbs/03a_sources.ipynb #s5883ef2
 def _warc(f:BinaryIO, max_bytes:int)->Iterator[Entry|Drop]:
-    try: from fastwarc.warc import ArchiveIterator, WarcRecordType
-    except ImportError: raise UserError("reading WARC files wants the package fastwarc: pip install 'llm_scratch[data]'") from None
-    f = _UntilBroken(f)
-    for i,record in enumerate(ArchiveIterator(f, record_types=WarcRecordType.response, parse_http=False), 1):
+    warc,f = optional_package("fastwarc.warc", "data", "reading WARC files"),_UntilBroken(f)
+    for i,record in enumerate(warc.ArchiveIterator(f, record_types=warc.WarcRecordType.response, parse_http=False), 1):
         try: page = _page(record, max_bytes)
         except (OSError, ValueError): page = Drop("broken record")
         yield page._replace(where=str(i)) if isinstance(page, Drop) else (str(i), *page)

@@ -386,14 +386,14 @@ def test_a_folder_that_is_not_shared_is_named(tmp_path):
 
 
 def test_every_other_rank_syncs_after_all_have_written(tmp_path):
-    synced, lock, real = [], threading.Lock(), checkpointing._sync
+    synced, lock, real = [], threading.Lock(), checkpointing.sync
     def noted(path):
         with lock: synced.append((threading.current_thread().name, path.name, sorted(p.name for p in path.parent.iterdir())))
         real(path)
     def work(rank, agree):
         threading.current_thread().name = str(rank)
         with committed(tmp_path, 2, rank=rank, agree=agree) as new: time.sleep(.05*(rank == 0)); (new/f"{rank}.bin").write_bytes(b"1")
-    with patch.object(checkpointing, "_sync", noted): assert Threads(2).run(work) == [None, None]
+    with patch.object(checkpointing, "sync", noted): assert Threads(2).run(work) == [None, None]
     assert {(who, name) for who, name, _ in synced} == {("1", "0.bin"), ("1", "1.bin")} and all({"0.bin", "1.bin"} <= set(there) for *_, there in synced)
 
 
@@ -405,7 +405,7 @@ def test_a_sync_that_fails_on_another_rank_ends_the_save(tmp_path):
         with committed(tmp_path, 2, rank=rank, agree=agree) as new: (new/f"{rank}.bin").write_bytes(b"1")
     def broken(path):
         if threading.current_thread().name == "1": time.sleep(.05); raise OSError(errno.EIO, "Input/output error")
-    with patch.object(checkpointing, "_sync", broken): out = Threads(2).run(work)
+    with patch.object(checkpointing, "sync", broken): out = Threads(2).run(work)
     assert {str(e) for e in out} == {f"{tmp_path/'000002'} was not saved: rank 1: OSError: [Errno 5] Input/output error"} and names(tmp_path) == ["000001", "latest"]
 
 
@@ -474,10 +474,10 @@ def test_no_power_cut_costs_a_checkpoint(tmp_path):
 @pytest.mark.parametrize("skip", ["files", "folders", "the run's folder"])
 def test_without_a_sync_a_power_cut_costs_the_new_checkpoint(skip, tmp_path):
     "That every sync is needed, and that this test of power cuts sees a missing one."
-    real = core._sync
+    real = core.sync
     def some(path):
         if not dict(zip(("files", "folders", "the run's folder"), (path.is_file(), path.is_dir(), path.name == "run")))[skip]: real(path)
-    with patch.object(core, "_sync", some):
+    with patch.object(core, "sync", some):
         trees = [tree for done, tree in saved_third(tmp_path/"run") if done]
     for i, tree in enumerate(random.Random(0).sample(trees, min(100, len(trees)))):
         if latest_or_lost(found(tree, tmp_path/str(i))) != "000006": return
@@ -502,7 +502,7 @@ def writes(*steps):
             if step == "over": f.write_text("new")
             elif step == "aside": g.write_text("new")
             elif step == "rename": os.replace(g, f)
-            else: core._sync({"sync": g, "sync over": f, "sync folder": f.parent}[step])
+            else: core.sync({"sync": g, "sync over": f, "sync folder": f.parent}[step])
     return do
 
 
@@ -519,8 +519,8 @@ def test_what_each_way_of_writing_may_leave(steps, during, after, tmp_path):
 
 def test_a_folder_is_found_only_when_the_folder_that_holds_it_was_synced(tmp_path):
     def do():
-        (tmp_path/"d").mkdir(); (tmp_path/"d"/"f").write_text("xx"); core._sync(tmp_path/"d"/"f"); core._sync(tmp_path/"d")
-        if up: core._sync(tmp_path)
+        (tmp_path/"d").mkdir(); (tmp_path/"d"/"f").write_text("xx"); core.sync(tmp_path/"d"/"f"); core.sync(tmp_path/"d")
+        if up: core.sync(tmp_path)
     up = False
     assert {tuple(t.items()) for done, t in power_cuts(tmp_path, do) if done} == {(), (("d", None), ("d/f", b"xx"))}
     shutil.rmtree(tmp_path/"d")

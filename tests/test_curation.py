@@ -16,10 +16,10 @@ from hypothesis import strategies as st
 
 from llm_scratch import curation
 from llm_scratch.core import UserError
-from llm_scratch.curation import WriteParts, chunks, clean_parts, curate, curation_card, finish, merge_parts, write_part
+from llm_scratch.curation import WriteParts, chunks, clean_parts, curate, finish, merge_parts, write_part
 from llm_scratch.data import Document
 from llm_scratch.duplicates import MinHashing
-from llm_scratch.sources import Drop, FileStream, ListStream, Report, open_streams
+from llm_scratch.sources import Drop, ListStream, Report, open_streams
 
 ROOT = Path(__file__).resolve().parent.parent
 HASHING = MinHashing(n_perms=16, n_bands=4)

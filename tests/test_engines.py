@@ -7,12 +7,12 @@ import socket
 import subprocess
 import sys
 import time
-from dataclasses import replace
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 import torch
-from hypothesis import given, settings, strategies as st
+from hypothesis import given, strategies as st
 
 from llm_scratch.architecture import load_model
 from llm_scratch.core import UserError, read_json, write_json
@@ -266,15 +266,22 @@ def test_one_line_for_all_ranks(prepared, tmp_path, n, args, status, line):
     assert time.monotonic() - begin < 60*4  # on a quiet machine: seconds
 
 
-def test_a_rank_that_dies_takes_the_others_with_it(prepared, tmp_path):
-    run = _copy(prepared, tmp_path, n_steps=10**6, save_every=20)
+@contextmanager
+def _two_training(run):
+    "Two ranks in the middle of a long run, after its first checkpoint."
     jobs = _start(2, "pretrain", "--run", str(run.folder), "--engine", "ddp")
     try:
         while not (run.checkpoints/"000020").exists(): assert jobs[0].poll() is None; time.sleep(.05)
+        yield jobs
+    finally: [j.kill() for j in jobs]
+
+
+def test_a_rank_that_dies_takes_the_others_with_it(prepared, tmp_path):
+    run = _copy(prepared, tmp_path, n_steps=10**6, save_every=20)
+    with _two_training(run) as jobs:
         jobs[1].send_signal(signal.SIGKILL)
         begin = time.monotonic()
         codes, said = _end(jobs, 60)
-    finally: [j.kill() for j in jobs]
     assert codes in ([3, -signal.SIGKILL], [2, -signal.SIGKILL]) and time.monotonic() - begin < 60  # 2 when it died while all were saving
     assert re.search("^llm-scratch: (another process is gone|.* was not saved: another rank is gone)", said, re.MULTILINE) and "Traceback" not in said, said
     assert json.loads((sorted(p for p in run.checkpoints.iterdir() if p.name.isdecimal())[-1]/"state.json").read_text())["step"] >= 20
@@ -293,12 +300,9 @@ def test_a_process_that_is_not_the_main_one_writes_nothing(prepared, tmp_path, m
 
 def test_ctrl_c_in_one_process_stops_all_after_the_same_update(prepared, tmp_path):
     run = _copy(prepared, tmp_path, n_steps=10**6, save_every=20)
-    jobs = _start(2, "pretrain", "--run", str(run.folder), "--engine", "ddp")
-    try:
-        while not (run.checkpoints/"000020").exists(): assert jobs[0].poll() is None; time.sleep(.05)
+    with _two_training(run) as jobs:
         jobs[1].send_signal(signal.SIGINT)
         codes, said = _end(jobs)
-    finally: [j.kill() for j in jobs]
     stopped = int(re.search(r"stopped after update (\d+) of 1000000; the same command goes on", said)[1])
     assert codes == [130, 130] and said.count("stopped") == 1 and read_log(run)[-1]["step"] == stopped
     assert int((run.checkpoints/"latest").read_text()) == stopped

@@ -8,7 +8,7 @@ import torch
 from hypothesis import given, settings, strategies as st
 
 from llm_scratch.architecture import Attention, Block, Decoder, ModelConfig, save_model
-from llm_scratch.families import GPT2, MLP, MoE, PlainAttention, UntiedDecoder, llama_block, window_attend
+from llm_scratch.families import GPT2, MoE, PlainAttention, UntiedDecoder, llama_block, window_attend
 from llm_scratch.generation import (
     Cache, PaddedCache, WindowCache, begin, ends_with, generate, keep_min_p, keep_top_k, keep_top_p, logprobs, next_probs, pad_left, penalize_repeats, read_on,
     sample, stream)

@@ -25,7 +25,7 @@ from llm_scratch.core import UserError
 from llm_scratch.infrastructure import (
     ANCESTORS, EXTRAS, PROGRAMS, REASONS, SAMPLED, SAMPLED_PER_GPU, SLOWING, AllReduceTime, Cpu, Gpu, HardwareReport, HardwareSampler, Matmul, MainMemory, NvmeDrive, Component, Preflight, Roofline, decoder_matmuls,
     disk_speed, doctor_rows, hardware_findings, hardware_report, installed_components, local_preflight, matmul_peak, matmul_seconds, measured_rows, neighbour_rounds, open_nvml, pcie_bandwidth, preflight, preflight_text,
-    read_cpu, read_gpus, read_infiniband, read_memory, read_network, read_nvme, slow_ranks, stream_bytes, throttle_reasons, time_all_reduce, triad_bandwidth)
+    read_cpu, read_gpus, read_memory, read_network, slow_ranks, stream_bytes, throttle_reasons, time_all_reduce, triad_bandwidth)
 
 ROOT = Path(__file__).resolve().parent.parent
 REAL = Path("/proc/self/status").exists()

@@ -23,7 +23,7 @@ import pytest
 import ranks
 import yaml
 from hosts import Hosts, PullThePlug, lacking, launch_on, losses_of, rows_of, sweep
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from llm_scratch import launching

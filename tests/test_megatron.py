@@ -15,7 +15,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 
-from llm_scratch.architecture import Decoder, ModelConfig, load_model, n_params, save_model
+from llm_scratch.architecture import Decoder, ModelConfig, load_model, n_params
 from llm_scratch.core import UserError
 from llm_scratch.families import UntiedDecoder
 from llm_scratch.interchange import load_hf

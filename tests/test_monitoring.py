@@ -48,7 +48,6 @@ from llm_scratch.monitoring import (
     robust_z,
     rules_text,
     run_picture,
-    several,
     spike_scores,
     to_line,
     watch_run,
@@ -139,7 +138,7 @@ def test_a_full_disk_leaves_whole_rows(tmp_path):
     "The file may not grow beyond 1,000 bytes: the row that does not fit is taken back, and when there is room again the next one is whole."
     program = """
 import resource, sys
-from llm_scratch.monitoring import JsonLines, read_rows, several
+from llm_scratch.monitoring import JsonLines, Monitors, read_rows
 log, failed = JsonLines(sys.argv[1]), []
 resource.setrlimit(resource.RLIMIT_FSIZE, (1000, resource.RLIM_INFINITY))
 for step in range(1, 14):
@@ -712,19 +711,19 @@ class Guest:
 
 def test_one_that_fails_leaves_and_the_others_hear_on(caplog):
     first, bad, last = Guest(), Guest(fails=(3,)), Guest()
-    everyone = several([first, bad, last])
+    everyone = Monitors([first, bad, last])
     for step in range(1, 6): everyone.log(step, VALUES)
     everyone.close()
     assert first.heard == last.heard == [1, 2, 3, 4, 5] and bad.heard == [1, 2] and (first.closed, bad.closed, last.closed) == (1, 1, 1)
     assert [r.getMessage() for r in caplog.records] == ["Guest failed (ConnectionError: gone); training goes on without it"] and caplog.records[0].levelno == logging.WARNING
-    several([]).log(1, VALUES)
+    Monitors([]).log(1, VALUES)
 
 
 def test_closing_never_fails(caplog):
     guests = [Guest(fails=("close",)), Guest()]
-    several(guests).close()
+    Monitors(guests).close()
     assert [g.closed for g in guests] == [1, 1] and len(caplog.records) == 1
-    gone = several([Guest(fails=(1, "close"))])
+    gone = Monitors([Guest(fails=(1, "close"))])
     gone.log(1, VALUES)
     gone.close()
     assert len(caplog.records) == 2  # said once
@@ -745,7 +744,7 @@ def test_a_run_that_breaks_stays_listed(tmp_path, error, listed):
 
 
 def test_ctrl_c_is_not_swallowed():
-    with pytest.raises(KeyboardInterrupt): several([Guest(fails=(1,), error=KeyboardInterrupt)]).log(1, VALUES)
+    with pytest.raises(KeyboardInterrupt): Monitors([Guest(fails=(1,), error=KeyboardInterrupt)]).log(1, VALUES)
 
 
 def test_the_log_is_tried_again(tmp_path, caplog, monkeypatch):
@@ -753,7 +752,7 @@ def test_the_log_is_tried_again(tmp_path, caplog, monkeypatch):
     real = log.log
     monkeypatch.setattr(log, "log", lambda step, values: (_ for _ in ()).throw(OSError("full")) if step in trouble else real(step, values))
     trouble += [2, 3, 5]
-    everyone = several([log])
+    everyone = Monitors([log])
     for step in range(1, 7): everyone.log(step, VALUES)
     everyone.close()
     assert [r["step"] for r in read_rows(tmp_path/"log")] == [1, 4, 6] and len(caplog.records) == 2  # one line per trouble, not per row

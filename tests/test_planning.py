@@ -15,7 +15,7 @@ from torch.testing import assert_close
 from llm_scratch.architecture import Decoder, ModelConfig, activation_bytes, n_params, training_flops_per_token
 from llm_scratch.core import UserError
 from llm_scratch.generation import generate
-from llm_scratch.planning import (CHIPS, SHAPES, Layout, Machines, _fitting, _host_bytes, _layouts, block_activation_bytes, block_params, checkpoint_blocks, end_activation_bytes,
+from llm_scratch.planning import (CHIPS, SHAPES, Layout, Machines, _host_bytes, _layouts, block_activation_bytes, block_params, checkpoint_blocks, end_activation_bytes,
                                   gpt_layer_bytes, keep_blocks, matrix_params, moment_bytes, peak_bytes, peak_memory, plan_report, plan_rows, plan_text, plan_training, room, start_command, state_bytes,
                                   step_time, tides, tokens_to_hide, traffic)
 

@@ -19,7 +19,7 @@ from pyarrow import parquet
 from llm_scratch import sources
 from llm_scratch.core import UserError
 from llm_scratch.data import SOURCES, Document, cache_dir
-from llm_scratch.sources import (HUB, READERS, ChainStream, Drop, FileStream, HubRecipe, HubStream, ListStream, MixStream, PinnedStream, Report, apply_stages, decode_html,
+from llm_scratch.sources import (HUB, ChainStream, Drop, FileStream, HubRecipe, HubStream, ListStream, MixStream, PinnedStream, Report, apply_stages, decode_html, 
                                  open_streams, read_file, safe_key, stage_name, warc_record, with_progress)
 
 ROOT = Path(__file__).resolve().parent.parent
