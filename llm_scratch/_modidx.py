@@ -595,6 +595,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                      'llm_scratch.engines.is_loss_of_contact': ( 'engines.html#is_loss_of_contact',
                                                                                  'llm_scratch/engines.py'),
                                      'llm_scratch.engines.join': ('engines.html#join', 'llm_scratch/engines.py'),
+                                     'llm_scratch.engines.leave': ('engines.html#leave', 'llm_scratch/engines.py'),
                                      'llm_scratch.engines.load_trial': ('engines.html#load_trial', 'llm_scratch/engines.py'),
                                      'llm_scratch.engines.make_engine': ('engines.html#make_engine', 'llm_scratch/engines.py'),
                                      'llm_scratch.engines.n_held': ('engines.html#n_held', 'llm_scratch/engines.py'),

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Optimizers', 'ENGINES', 'SAVERS', 'Engine', 'uncut', 'cut_like', 'named_state', 'check_names', 'sizes', 'fill_state',
            'join', 'Distributed', 'DDPEngine', 'FSDPEngine', 'check_deepspeed', 'deepspeed_config', 'DeepSpeedEngine',
-           'to_universal', 'make_engine', 'speaks_first', 'is_loss_of_contact', 'trial', 'n_held', 'farthest',
+           'to_universal', 'make_engine', 'speaks_first', 'is_loss_of_contact', 'leave', 'trial', 'n_held', 'farthest',
            'compare', 'save_trial', 'load_trial', 'torchrun', 'in_ranks', 'comparisons', 'prove']
 
 # %% ../nbs/05d_engines.ipynb #e05ximports
@@ -229,7 +229,7 @@ class Distributed(Engine):
         return told[0]
 
     def agree(self, wrong:str)->str: return agree_over()(wrong)
-    def close(self)->None: dist.destroy_process_group()
+    def close(self)->None: leave()
     def backward(self, model:nn.Module, loss:torch.Tensor)->None: (loss*self.world).backward() # these engines take the mean over ranks
 
 # %% ../nbs/05d_engines.ipynb #e05xddp
@@ -524,6 +524,10 @@ def is_loss_of_contact(
 )->bool:
     "Does this say that another process is gone?"
     return isinstance(e, dist.DistError) or isinstance(e, RuntimeError) and any(word in str(e) for word in ("gloo", "NCCL", "Connection closed by peer", "Connection reset by peer"))
+
+def leave()->None: # may be called by who is alone
+    "Leave the other processes, if there are any: a process that ends without it may be aborted by gloo's threads."
+    if dist.is_initialized(): dist.destroy_process_group()
 
 # %% ../nbs/05d_engines.ipynb #e05xtrial
 def trial(

@@ -39,7 +39,7 @@ from .core import UserError, atomic_path, read_json, write_json
 from .curation import curate, curation_notes, read_curated
 from .data import SOURCES, Document, load_corpus, load_documents, nearest, save_documents, split_corpus, tiny_corpus, to_dataset
 from .duplicates import Decontaminate
-from .engines import ENGINES, Engine, is_loss_of_contact, make_engine, speaks_first
+from .engines import ENGINES, Engine, is_loss_of_contact, leave, make_engine, speaks_first
 from .evaluation import Result, bits_per_byte, counts_steps, looks_like_recipe, mean_of, ratio_of, share_of, token_nats, train_ngram
 from .generation import Cache, sample, stream
 from .interchange import TOKENIZER_FILES, copy_tokenizer, find_tensors, load_hf, load_special_ids, save_hf
@@ -541,6 +541,7 @@ def _verb(name:str, does:str|None=None)->Callable: # `does` is for a function wi
                 if not is_loss_of_contact(e): raise
                 _fail("another process is gone, its own output may say why; the same command goes on from the last checkpoint", 3)
             except OSError as e: _fail(f"{e.filename or 'the disk'}: {e.strerror or e}", 2)
+            finally: leave() # after the last word
         return f
     return register
 
@@ -680,7 +681,6 @@ def _pretrain_verb(
     optimizer = optimizer or ("adamw" if engine == "deepspeed" else "muon")
     if optimizer not in _OPTIMIZERS: raise UserError(f"there is no optimizer {optimizer}: give one of {', '.join(_OPTIMIZERS)}")
     _training(open_run(e.at_main(lambda: _begin(run, preset, depth, seed).folder)), e, optimizers=_OPTIMIZERS[optimizer], monitor=monitor, recompute=recompute)
-    e.close()
 
 
 # %% ../nbs/12_pipeline.ipynb #ed59a32c

@@ -1,6 +1,10 @@
 "What every test begins with."
+import signal
+
 import pytest
 import torch
+
+signal.signal(signal.SIGINT, signal.default_int_handler) # a shell that starts us in the background has it ignored, and our children would too
 
 
 @pytest.fixture(autouse=True)

@@ -150,9 +150,7 @@ def test_no_pip(small, monkeypatch):
     assert "has no pip" in said and "ensurepip" in said and WHEEL in said and left() == []
 
 
-FETCH = """import signal
-signal.signal(signal.SIGINT, signal.default_int_handler) # a shell that starts us in the background has it ignored
-from llm_scratch.data import Source, fetch
+FETCH = """from llm_scratch.data import Source, fetch
 fetch(Source('small', 'small-text', '1.0', {filename!r}, {n_bytes}, {sha256!r}, None, '', '', ''))"""
 
 def start(small:Source, tmp_path:Path, monkeypatch)->subprocess.Popen:

@@ -127,7 +127,7 @@ EXPECTED = {"sum": 3., "gather": [0, 10], "share": "main", "at_main": 0, "at_mai
 SAID = {"nan": "loss nan.* at step 3: lower the learning rate", "tp heads": "n_heads=3 is not a multiple of tp=2", "tp world": "2 processes are not a multiple of tp=3: start 3", "tp model": "not a Linear",
         "plain": "2 processes were launched.*--engine ddp", "name": "no engine ddq: give one of plain, ddp", "precision": "no precision fp8", "ds muon": "one AdamW, not Muon and AdamW.*make_adamw",
         "ds pieces": "train gives 1 pieces, DeepSpeed was told n_micro=2", "ds norm": "max_norm=0.5, DeepSpeed was told 1.0", "ds bf16": "bf16 on ZeRO stage 0", "other model": "of another model: layers.1",
-        "other optimizers": "saved with other optimizers", "other run": "seed=None, not seed=1"}
+        "other optimizers": "saved with other optimizers", "other run": "of a run with no seed, not seed=1"}
 
 
 @pytest.mark.parametrize("what", EXPECTED)

@@ -30,6 +30,7 @@ from llm_scratch.monitoring import (
     PANELS,
     SPIKE,
     JsonLines,
+    Monitors,
     PrometheusExporter,
     Tail,
     TensorBoard,
