@@ -680,4 +680,4 @@ def _main(args:list[str])->None:
     with tempfile.TemporaryDirectory() as tmp: write_json(args[0], prove(tmp))
 
 # %% ../nbs/05d_engines.ipynb #e05xmain
-if __name__ == "__main__": _main(sys.argv[1:])
+if __name__ == "__main__" and __spec__: _main(sys.argv[1:]) # by `python -m`; in a notebook there is no `__spec__`
