@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['Optimizers', 'ENGINES', 'SAVERS', 'Engine', 'uncut', 'cut_like', 'named_state', 'check_names', 'sizes', 'fill_state',
            'join', 'Distributed', 'DDPEngine', 'FSDPEngine', 'check_deepspeed', 'deepspeed_config', 'DeepSpeedEngine',
-           'to_universal', 'make_engine', 'speaks_first', 'is_loss_of_contact', 'leave', 'trial', 'n_held', 'farthest',
-           'compare', 'save_trial', 'load_trial', 'torchrun', 'in_ranks', 'comparisons', 'prove']
+           'to_universal', 'make_engine', 'speaks_first', 'is_loss_of_contact', 'end_rank', 'trial', 'n_held',
+           'farthest', 'compare', 'save_trial', 'load_trial', 'torchrun', 'in_ranks', 'comparisons', 'prove']
 
 # %% ../nbs/05d_engines.ipynb #e05ximports
 import logging
@@ -229,7 +229,7 @@ class Distributed(Engine):
         return told[0]
 
     def agree(self, wrong:str)->str: return agree_over()(wrong)
-    def close(self)->None: leave()
+    def close(self)->None: dist.destroy_process_group()
     def backward(self, model:nn.Module, loss:torch.Tensor)->None: (loss*self.world).backward() # these engines take the mean over ranks
 
 # %% ../nbs/05d_engines.ipynb #e05xddp
@@ -525,9 +525,14 @@ def is_loss_of_contact(
     "Does this say that another process is gone?"
     return isinstance(e, dist.DistError) or isinstance(e, RuntimeError) and any(word in str(e) for word in ("gloo", "NCCL", "Connection closed by peer", "Connection reset by peer"))
 
-def leave()->None: # may be called by who is alone
-    "Leave the other processes, if there are any: a process that ends without it may be aborted by gloo's threads."
-    if dist.is_initialized(): dist.destroy_process_group()
+def end_rank(
+    status:int=0, # of the process
+)->None: # returns only to who is alone
+    "Leave the other processes and end this one at once: gloo's threads, which DDP keeps to the end, now and then abort a process that takes its interpreter down."
+    if not dist.is_initialized(): return
+    dist.destroy_process_group()
+    for out in (sys.stdout, sys.stderr): out.flush()
+    os._exit(status)
 
 # %% ../nbs/05d_engines.ipynb #e05xtrial
 def trial(
@@ -643,7 +648,7 @@ def _ranks(tasks:str, done:str)->None:
     torch.set_num_threads(1)
     rows = [_DO[task["do"]](task) for task in read_json(tasks)]
     if dist.get_rank() == 0: write_json(done, rows)
-    dist.destroy_process_group()
+    end_rank()
 
 # %% ../nbs/05d_engines.ipynb #e05xproof
 def comparisons(

@@ -39,7 +39,7 @@ from .core import UserError, atomic_path, read_json, write_json
 from .curation import curate, curation_notes, read_curated
 from .data import SOURCES, Document, load_corpus, load_documents, nearest, save_documents, split_corpus, tiny_corpus, to_dataset
 from .duplicates import Decontaminate
-from .engines import ENGINES, Engine, is_loss_of_contact, leave, make_engine, speaks_first
+from .engines import ENGINES, Engine, end_rank, is_loss_of_contact, make_engine, speaks_first
 from .evaluation import Result, bits_per_byte, counts_steps, looks_like_recipe, mean_of, ratio_of, share_of, token_nats, train_ngram
 from .generation import Cache, sample, stream
 from .interchange import TOKENIZER_FILES, copy_tokenizer, find_tensors, load_hf, load_special_ids, save_hf
@@ -541,7 +541,6 @@ def _verb(name:str, does:str|None=None)->Callable: # `does` is for a function wi
                 if not is_loss_of_contact(e): raise
                 _fail("another process is gone, its own output may say why; the same command goes on from the last checkpoint", 3)
             except OSError as e: _fail(f"{e.filename or 'the disk'}: {e.strerror or e}", 2)
-            finally: leave() # after the last word
         return f
     return register
 
@@ -549,7 +548,10 @@ def main()->None:
     "The command `llm-scratch`."
     logging.basicConfig(format="llm-scratch: %(message)s")
     warnings.formatwarning = lambda message, *where: f"llm-scratch: {message}\n"
-    app(prog_name="llm-scratch")
+    try: app(prog_name="llm-scratch")
+    except SystemExit as e:
+        end_rank(e.code or 0)
+        raise
 
 # %% ../nbs/12_pipeline.ipynb #1e0dbd84
 _RunOption = Annotated[Path, typer.Option("--run", help="run directory", show_default="runs/PRESET")]

@@ -9,7 +9,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from llm_scratch.architecture import Decoder, ModelConfig, init_weights
 from llm_scratch.core import UserError, write_json
-from llm_scratch.engines import DDPEngine, DeepSpeedEngine, Engine, FSDPEngine, farthest, join, make_engine, n_held, trial
+from llm_scratch.engines import DDPEngine, DeepSpeedEngine, Engine, FSDPEngine, end_rank, farthest, join, make_engine, n_held, trial
 from llm_scratch.pretraining import TrainState, load_checkpoint, make_adamw, make_optimizers, save_checkpoint, save_shards, train, update
 
 MAKE = dict(ddp=DDPEngine, fsdp=FSDPEngine, tp=lambda: FSDPEngine(tp=2), zero0=lambda: DeepSpeedEngine(zero_stage=0, n_micro=2), zero1=lambda: DeepSpeedEngine(zero_stage=1, n_micro=2),
@@ -124,4 +124,4 @@ if __name__ == "__main__":
     join()
     found = {name: globals()[name](folder) for name in what.split(",")}
     if dist.get_rank() == 0: write_json(folder/f"{what}.json", found)
-    dist.destroy_process_group()
+    end_rank()

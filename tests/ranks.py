@@ -39,7 +39,6 @@ def add(args, tell, maybe_fail)->None:
         tell(round=n, total=total.item())
         maybe_fail(n)
         time.sleep(args.pause)
-    dist.destroy_process_group()
 
 
 def start(engine):
@@ -74,7 +73,6 @@ def learn(args, tell, maybe_fail)->None:
         if step.n % args.every == 0 and step.n < args.train:
             with committed(args.folder/"checkpoints", step.n, rank=engine.rank, agree=agree_over()) as new: engine.save(new, state.model, state.optimizers)
         maybe_fail(step.n)
-    engine.close()
 
 
 def plain(n_steps:int)->list[float]:
@@ -103,7 +101,6 @@ def link(args, tell, maybe_fail)->None:
             seconds.append(time.perf_counter()-begin)
         tell(speed=speed, seconds=min(seconds[1:]), bytes=numbers.numel()*4, times=len(seconds))
         dist.barrier()
-    dist.destroy_process_group()
 
 
 def main()->None:
@@ -131,6 +128,8 @@ def main()->None:
     tell(given={k: os.environ[k] for k in GIVEN if k in os.environ})
     maybe_fail("start")
     (learn if args.train else link if args.link else add)(args, tell, maybe_fail)
+    from llm_scratch.engines import end_rank
+    end_rank()
 
 
 if __name__ == "__main__": main()

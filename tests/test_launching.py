@@ -548,7 +548,7 @@ def test_a_rank_that_dies_in_the_middle_ends_the_others_within_a_minute(at_home,
 
 
 def test_restarts_on_one_machine(at_home, none_left, tmp_path):
-    assert launch(make_job(["ranks", str(tmp_path), "--fail", "1:2:KILL"], processes=2, nodes="1:1", max_restarts=6)) == 0
+    assert launch(make_job(["ranks", str(tmp_path), "--fail", "1:2:KILL"], processes=2, nodes="1:1", max_restarts=12)) == 0
     assert len({row["pid"] for row in rows_of(tmp_path)[0]}) >= 2 and rows_of(tmp_path)[1][-1]["round"] == 3
 
 
