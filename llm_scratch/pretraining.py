@@ -18,12 +18,13 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
+from fastcore.basics import patch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from .checkpointing import check_same, committed
+from .checkpointing import AsyncSaver, check_same, committed
 from .core import UserError, check_seal, read_json, write_json
-from .engines import Engine, cut_like, uncut
+from .engines import Distributed, Engine, cut_like, uncut
 
 # %% ../nbs/06_pretraining.ipynb #23be542c
 @lru_cache(maxsize=4)
@@ -255,31 +256,64 @@ def train(
     return go_on()
 
 # %% ../nbs/06_pretraining.ipynb #41e142e0
-def _groups(state:TrainState)->list[dict]: # all but the parameters themselves
-    "The numbers of every group of parameters."
-    return [{k:v for k,v in g.items() if k != "params"} for opt in state.optimizers for g in opt.param_groups]
+def _groups(state:TrainState)->list[dict]: # of the optimizers, with the parameters themselves
+    "Every group of parameters."
+    return [g for opt in state.optimizers for g in opt.param_groups]
 
+def _numbers(state:TrainState)->dict: # as JSON can hold it, but for `rng`
+    "All of a run but its tensors."
+    rng = torch.stack(state.engine.gather(torch.get_rng_state())) # of every rank
+    return dict(step=state.step, groups=[{k:v for k,v in g.items() if k != "params"} for g in _groups(state)], rng=rng)
+
+def _set_numbers(state:TrainState, saved:dict)->None:
+    "Put them back."
+    for group,old in zip(_groups(state), saved["groups"]): group.update(old)
+    torch.set_rng_state(saved["rng"][state.engine.rank%len(saved["rng"])].clone())
+    state.step = saved["step"]
+
+def _check_groups(state:TrainState, saved:dict, where:str)->None:
+    if [g.keys() - {"params"} for g in _groups(state)] != [g.keys() for g in saved["groups"]]: raise UserError(f"{where} was saved with other optimizers: make those that it was trained with")
+
+@patch
+def state_dict(self:TrainState)->dict: # `step`, `groups`, `rng`, and `tensors` by name: whole and on the CPU in the main process, empty in the others; they may share memory with the model
+    "The whole run as one value."
+    return _numbers(self) | dict(tensors=self.engine.full_state(self.model, self.optimizers))
+
+@patch
+def load_state_dict(self:TrainState,
+    value:dict, # from `state_dict` of a run of the same shape, on whatever engine; the same in every process
+)->None:
+    "Go back to that moment."
+    _check_groups(self, value, "the value")
+    self.engine.load_full_state(self.model, self.optimizers, value["tensors"])
+    _set_numbers(self, value)
+
+# %% ../nbs/06_pretraining.ipynb #0a6ch6save
 @contextmanager
-def _checkpoint(state:TrainState, folder:str|Path, about:dict, keep:Callable[[list[int]], set[int]], form:str)->Iterator[Path]:
-    "All but the tensors of a new checkpoint; those are written in the block."
-    rng = torch.stack(state.engine.gather(torch.get_rng_state())) # of every rank; within the block nobody may wait for one that has failed
-    with committed(folder, state.step, rank=int(not state.engine.is_main), agree=state.engine.agree, keep=keep) as new:
+def _checkpoint(engine:Engine, value:dict, folder:str|Path, about:dict, keep:Callable[[list[int]], set[int]], form:str)->Iterator[Path]:
+    "All but the tensors of a new checkpoint; those are written in the block, in which nobody may wait for a rank that has failed."
+    with committed(folder, value["step"], rank=int(not engine.is_main), agree=engine.agree, keep=keep) as new:
         yield new
-        if state.engine.is_main:
-            save_file(dict(rng=rng), new/"rng.safetensors")
-            write_json(new/"state.json", dict(step=state.step, form=form, about=about, groups=_groups(state)))
+        if engine.is_main:
+            save_file(dict(rng=value["rng"]), new/"rng.safetensors")
+            write_json(new/"state.json", dict(step=value["step"], form=form, about=about, groups=value["groups"]))
 
 def save_checkpoint(
     state:TrainState, # between two updates
     folder:str|Path, # of the checkpoints of one run
     about:dict, # what identifies the run, as JSON can hold it
     keep:Callable[[list[int]], set[int]]=set, # from all steps to those whose checkpoints stay; `set` keeps all
+    saver:AsyncSaver|None=None, # writes in the background, for one process; None: it is on the disk when this returns
 )->Path: # the new checkpoint, `folder/STEP`
     "Write the whole state into one file, which any engine can load; the checkpoint appears whole or not at all."
-    full = state.engine.full_state(state.model, state.optimizers)
-    with _checkpoint(state, folder, about, keep, "whole") as new:
-        if state.engine.is_main: save_file(full, new/"state.safetensors")
-    return Path(folder)/f"{state.step:06d}"
+    if saver and isinstance(state.engine, Distributed): raise UserError("saving in the background is for one process: here the ranks would have to agree while they train. Leave the saver out")
+    def write(value:dict)->None:
+        with _checkpoint(state.engine, value, folder, about, keep, "whole") as new:
+            if state.engine.is_main: save_file(value["tensors"], new/"state.safetensors")
+    value = state.state_dict()
+    if saver: saver.save(value, write)
+    else: write(value)
+    return Path(folder)/f"{value['step']:06d}"
 
 def save_shards(
     state:TrainState, # between two updates
@@ -288,7 +322,7 @@ def save_shards(
     keep:Callable[[list[int]], set[int]]=set, # from all steps to those whose checkpoints stay; `set` keeps all
 )->Path: # the new checkpoint, `folder/STEP`
     "Have every process write its own part, for models that no process could hold; `load_checkpoint` opens this as well."
-    with _checkpoint(state, folder, about, keep, state.engine.form) as new: state.engine.save(new/"shards", state.model, state.optimizers)
+    with _checkpoint(state.engine, _numbers(state), folder, about, keep, state.engine.form) as new: state.engine.save(new/"shards", state.model, state.optimizers)
     return Path(folder)/f"{state.step:06d}"
 
 # %% ../nbs/06_pretraining.ipynb #6b9cdfd5
@@ -308,15 +342,11 @@ def load_checkpoint(
 )->TrainState: # the same state
     "Go back to a saved moment, whatever engine it is of; `UserError` when the checkpoint is damaged or of another run."
     path,engine = Path(path),state.engine
-    saved = engine.at_main(lambda: _verified(path))
+    saved = engine.at_main(lambda: _verified(path)) | dict(rng=load_file(path/"rng.safetensors")["rng"])
     check_same(path, saved["about"], about)
-    groups = [g for opt in state.optimizers for g in opt.param_groups]
-    if [g.keys() - {"params"} for g in groups] != [g.keys() for g in saved["groups"]]: raise UserError(f"{path} was saved with other optimizers: make those that it was trained with")
+    _check_groups(state, saved, path)
     if saved["form"] == "whole": engine.load_full_state(state.model, state.optimizers, load_file(path/"state.safetensors"))
     elif saved["form"] == engine.form: engine.load(path/"shards", state.model, state.optimizers)
     else: raise UserError(f"{path} holds the parts of the engine {saved['form']}, which {engine.form} cannot read: load it there, and save it with save_checkpoint")
-    for group,old in zip((g for opt in state.optimizers for g in opt.param_groups), saved["groups"]): group.update(old)
-    rng = load_file(path/"rng.safetensors")["rng"]
-    torch.set_rng_state(rng[engine.rank%len(rng)].clone())
-    state.step = saved["step"]
+    _set_numbers(state, saved)
     return state
