@@ -28,7 +28,8 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import torch.distributed.checkpoint  # noqa: F401 here, so that no child spends seconds on it
+import torch._dynamo  # noqa: F401 this and the next here, so that no child spends a second on it
+import torch.distributed.checkpoint  # noqa: F401
 import torch.nn.functional as F
 
 ROOT = Path(__file__).resolve().parent.parent
