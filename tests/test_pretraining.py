@@ -46,6 +46,16 @@ def _train(state, n, until=None):
 def _same(a, b): return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
 
 
+@given(n=st.integers(16, 80), batch_size=st.integers(1, 5), world=st.integers(1, 3))
+@settings(max_examples=20, deadline=None)
+def test_batches_read_every_window_of_an_epoch_once_from_the_first_step_on(n, batch_size, world):
+    parts = [Batches(np.arange(n), 8, batch_size, seed=n, rank=r, world=world) for r in range(world)]
+    first = [int(w[0]) for step in range(9) for part in parts for w in part[step][0]]
+    for epoch in range(len(first)//(k := parts[0].n_windows)):
+        starts = sorted(first[epoch*k:(epoch+1)*k])
+        assert len(starts) == n//8-1 and {b-a for a, b in zip(starts, starts[1:])} <= {8} and 0 <= starts[0] < 8
+
+
 @pytest.mark.parametrize("at", [1, 7, 19])
 def test_saved_loaded_and_continued_equals_undisturbed_even_with_dropout(at, tmp_path):
     whole = _train(_state(), 20)
