@@ -2,6 +2,7 @@
 import json
 import math
 import pickle
+import threading
 from functools import partial
 
 import numpy as np
@@ -12,7 +13,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 from llm_scratch.core import UserError
-from llm_scratch.checkpointing import AsyncSaver, latest, saved, snapshot
+from llm_scratch.checkpointing import AsyncSaver, keep_last, latest, saved, snapshot
 from llm_scratch.engines import DDPEngine, Engine
 from llm_scratch.pretraining import Batches, Muon, NotFinite, TrainState, add_gradients, load_checkpoint, make_adamw, make_optimizers, save_checkpoint, save_shards, train, update, wsd
 
@@ -72,6 +73,13 @@ def test_checkpoints_sort_by_number(tmp_path):
     for step in (5, 1000000, 40): state.step = step; save_checkpoint(state, tmp_path, ABOUT)
     (tmp_path/".000099.123.new").mkdir()  # what a killed process leaves
     assert list(saved(tmp_path)) == [5, 40, 1000000]
+
+
+@pytest.mark.parametrize("save", [save_checkpoint, save_shards])
+def test_only_those_stay_that_keep_names(save, tmp_path):
+    state = _state()
+    for state.step in range(1, 6): save(state, tmp_path, ABOUT, keep_last(2))
+    assert list(saved(tmp_path)) == [4, 5]
 
 
 def _flip(f):
@@ -332,6 +340,18 @@ def test_the_background_writes_the_moment_at_which_it_was_told_to(tmp_path):
         _train(state, 20)  # goes on while it is written
     assert said == tmp_path/"background"/"000004" == latest(tmp_path/"background")
     for f in path.iterdir(): assert f.read_bytes() == (said/f.name).read_bytes(), f.name
+
+
+def test_training_goes_on_while_the_background_writes(tmp_path, monkeypatch):
+    from llm_scratch import pretraining
+    write, go, state = pretraining.save_file, threading.Event(), _train(_state(), 20, until=2)
+    monkeypatch.setattr(pretraining, "save_file", lambda *args: go.wait(20) and write(*args))
+    with AsyncSaver() as saver:
+        save_checkpoint(state, tmp_path, ABOUT, saver=saver)
+        _train(state, 20)
+        assert state.step == 20 and not saved(tmp_path)
+        go.set()
+    assert list(saved(tmp_path)) == [2]
 
 
 def test_what_goes_wrong_in_the_background_is_told(tmp_path):
