@@ -17,7 +17,7 @@ import subprocess
 import sys
 import tempfile
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from datetime import timedelta
@@ -69,12 +69,25 @@ class Engine:
         with torch.autocast(ids_BT.device.type, torch.bfloat16, enabled=self.precision == "bf16"): return model(ids_BT)
     def backward(self, model:nn.Module, loss:torch.Tensor)->None: loss.backward() # gradients add up over pieces and ranks
 
-    def step(self, model:nn.Module, optimizers:Optimizers, max_norm:float)->float: # length of the gradient before clipping
-        "Clip and update; a gradient that is no number changes nothing."
-        norm = float(uncut(nn.utils.clip_grad_norm_(model.parameters(), max_norm)))
+    def check(self, max_norm:float, max_value:float)->None: pass # refuse, before any work, what `step` cannot do
+    def step(self, model:nn.Module, optimizers:Optimizers, max_norm:float, max_value:float=math.inf)->float: # length of the gradient before clipping
+        "Clip, each element and then the length, and update; a gradient that is no number changes nothing."
+        norm = _clip(model.parameters(), max_norm, max_value)
         if math.isfinite(norm):
             for opt in optimizers: opt.step()
         return norm
+
+# %% ../nbs/05d_engines.ipynb #e05xclip
+def _clip(params:Iterable[nn.Parameter], max_norm:float, max_value:float)->float: # length before
+    "Cut every element of the gradient to [-max_value, max_value], each process those that lie here; then scale the whole to a length of at most `max_norm`."
+    params = [p for p in params if p.grad is not None]
+    grads = [p.grad for p in params]
+    norm = float(uncut(total := nn.utils.get_total_norm(grads)))
+    if max_value < math.inf:
+        for g in grads: g.clamp_(-max_value, max_value)
+        total = nn.utils.get_total_norm(grads)
+    nn.utils.clip_grads_with_norm_(params, max_norm, total)
+    return norm
 
 # %% ../nbs/05d_engines.ipynb #e05xatmain
 @patch
@@ -388,8 +401,11 @@ class DeepSpeedEngine(Distributed):
         if is_last: self._pieces = 0
         else: model.step() # only counts
 
-    def step(self, model:nn.Module, optimizers:Optimizers, max_norm:float)->float:
+    def check(self, max_norm:float, max_value:float)->None:
         if max_norm != self.max_norm: raise UserError(f"train wants max_norm={max_norm}, DeepSpeed was told {self.max_norm}")
+        if max_value < math.inf: raise UserError(f"max_value={max_value} with DeepSpeed: it adds up the gradient and steps in one go, so no element can be clipped in between. Leave max_value out, or use ddp or fsdp")
+
+    def step(self, model:nn.Module, optimizers:Optimizers, max_norm:float, max_value:float=math.inf)->float:
         norm = float(nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None])) if self.zero_stage == 0 else 0.
         if math.isfinite(norm): model.step()
         return norm if self.zero_stage == 0 else float(model.get_global_grad_norm()) # from stage 1 on the length is known only after the step
@@ -549,7 +565,7 @@ def trial(
     if path is not None: load_checkpoint(state, path, {})
     batches = Batches(np.arange(4000)**2%251, 32, 8//engine.world, rank=engine.rank, world=engine.world)
     parts = [(ids, targets.masked_fill(ids%3 == 0, -1)) for ids,targets in map(batches.__getitem__, range(n_steps))]
-    return state,list(train(state, parts, lambda step: min(1, (step+1)/4), n_steps, n_micro=2))
+    return state,list(train(state, parts, lambda step: min(1, (step+1)/4), n_steps, n_micro=2)) if n_steps else []
 
 # %% ../nbs/05d_engines.ipynb #e05xheld
 def n_held(

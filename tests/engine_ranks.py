@@ -10,7 +10,7 @@ from torch.nn.parallel import DistributedDataParallel
 from llm_scratch.architecture import Decoder, ModelConfig, init_weights
 from llm_scratch.core import UserError, write_json
 from llm_scratch.engines import DDPEngine, DeepSpeedEngine, Engine, FSDPEngine, end_rank, farthest, join, make_engine, n_held, trial
-from llm_scratch.pretraining import TrainState, load_checkpoint, make_adamw, make_optimizers, save_checkpoint, save_shards, train, update
+from llm_scratch.pretraining import NotFinite, TrainState, load_checkpoint, make_adamw, make_optimizers, save_checkpoint, save_shards, train, update
 
 MAKE = dict(ddp=DDPEngine, fsdp=FSDPEngine, tp=lambda: FSDPEngine(tp=2), zero0=lambda: DeepSpeedEngine(zero_stage=0, n_micro=2), zero1=lambda: DeepSpeedEngine(zero_stage=1, n_micro=2),
             zero2=lambda: DeepSpeedEngine(zero_stage=2, n_micro=2), zero3=lambda: DeepSpeedEngine(zero_stage=3, n_micro=2))
@@ -61,6 +61,32 @@ def aliases(folder):
     return found
 
 
+def sgd(model): return [torch.optim.SGD([dict(params=list(model.parameters()), initial_lr=.5)], lr=.5)]  # whose step shows the gradient
+
+
+def clipping(folder):
+    "Weights after three steps with the gradient clipped by value and by norm, as far as they are from those of one process; and how far clipping itself moves them."
+    cfg = ModelConfig(64, context_len=16, n_layers=1, n_heads=2, n_kv_heads=2, d_model=32, d_ff=64, d_head=16)
+    rows = [torch.arange(8*16).reshape(8, 16)**2 % (61-i) for i in range(4)]
+
+    def learned(engine, **clip):
+        state = TrainState(*engine.prepare(init_weights(Decoder(cfg), 0), sgd, 8), engine=engine)
+        n = 8//engine.world
+        mine = [(a[engine.rank*n:][:n], b[engine.rank*n:][:n]) for a, b in zip(rows, rows[1:])]
+        norms = [step.grad_norm for step in train(state, mine, lambda step: 1., 3, n_micro=2, **clip)]
+        return norms, engine.full_state(state.model, [])
+
+    far = lambda a, b: max((x-b[name]).abs().max().item() for name, x in a.items())
+    bounds = dict(value=dict(max_norm=torch.inf, max_value=.01), both=dict(max_norm=.2, max_value=.01))
+    plain, found = {name: learned(Engine(), **clip) for name, clip in bounds.items()}, {}
+    if engine_is_main := dist.get_rank() == 0: found["by itself"] = [far(plain["value"][1], learned(Engine(), max_norm=torch.inf)[1]), far(plain["both"][1], plain["value"][1])]
+    for engine in ("ddp", "fsdp", "tp"):
+        for name, clip in bounds.items():
+            norms, full = learned(MAKE[engine](), **clip)
+            if engine_is_main: found[f"{engine} {name}"] = [far(full, plain[name][1]), max(abs(a/b-1) for a, b in zip(norms, plain[name][0]))]
+    return found
+
+
 def details(folder):
     found, rank = {}, dist.get_rank()
     engine = DDPEngine()
@@ -88,6 +114,8 @@ def details(folder):
     before = [p.detach().clone() for p in state.model.parameters()]
     with torch.no_grad(): state.model.module.norm.weight[0] = torch.nan if rank == 1 else 1.  # of one rank only
     found["nan"] = said(lambda: update(state, *batch))
+    try: update(state, batch[0]+rank, batch[1])
+    except NotFinite as e: found["nan batch"] = bool(engine.sum(float(torch.equal(e.ids_BT, batch[0]+rank) and torch.equal(e.targets_BT, batch[1]))) == 2)
     found["nan touched"] = not all(torch.equal(a, b) for a, b in zip(before[:-1], list(state.model.parameters())[:-1]))
 
     for name in ("fsdp", "tp"):
@@ -110,7 +138,12 @@ def details(folder):
     small = tuple(x[:, :16] % 64 for x in batch)
     found["ds muon"] = said(lambda: DeepSpeedEngine().prepare(Decoder(cfg), make_optimizers))
     found["ds pieces"] = said(lambda: update(zero(n_micro=2), *small))
+    forward = DeepSpeedEngine.forward
+    DeepSpeedEngine.forward = None  # what is refused is refused before any work
     found["ds norm"] = said(lambda: update(zero(), *small, max_norm=.5))
+    found["ds value"] = said(lambda: update(zero(), *small, max_value=.5))
+    found["ds train"] = said(lambda: train(zero(), [small], lambda step: 1., 1, max_value=.5))
+    DeepSpeedEngine.forward = forward
     found["ds bf16"] = said(lambda: zero(precision="bf16", zero_stage=0))
     found["other model"] = said(lambda: load_checkpoint(zero(), path, {}))
     found["other optimizers"] = said(lambda: load_checkpoint(trial(DDPEngine(), "muon", n_steps=0)[0], path, {}))

@@ -101,8 +101,8 @@ def test_the_stored_table_is_complete_and_within_its_bounds():
 
 @pytest.fixture(scope="module")
 def ranks(folder):
-    torchrun(2, "engine_ranks", "parts,aliases,details", str(folder), timeout=SLOW)
-    return read_json(folder/"parts,aliases,details.json")
+    torchrun(2, "engine_ranks", "parts,aliases,details,clipping", str(folder), timeout=SLOW)
+    return read_json(folder/"parts,aliases,details,clipping.json")
 
 
 def test_what_is_saved_in_parts_is_read_by_others(ranks):
@@ -122,11 +122,11 @@ def test_parts_of_two_are_read_by_one(ranks, folder):
 def test_a_filled_state_goes_its_own_way(ranks): assert len(ranks["aliases"]) == 5 and all(ranks["aliases"].values())
 
 
-EXPECTED = {"sum": 3., "gather": [0, 10], "share": "main", "at_main": 0, "at_main fails": "no such run", "agree": "rank 1: disk full", "rng": True, "no_sync": 3, "nan touched": False,
+EXPECTED = {"sum": 3., "gather": [0, 10], "share": "main", "at_main": 0, "at_main fails": "no such run", "agree": "rank 1: disk full", "rng": True, "no_sync": 3, "nan touched": False, "nan batch": True,
             "fsdp cut": True, "tp cut": True, "fsdp sync": [False, True], "tp sync": [False, True], "tp ranks": [0, 1]}
 SAID = {"nan": "loss nan.* at step 3: lower the learning rate", "tp heads": "n_heads=3 is not a multiple of tp=2", "tp world": "2 processes are not a multiple of tp=3: start 3", "tp model": "not a Linear",
         "plain": "2 processes were launched.*--engine ddp", "name": "no engine ddq: give one of plain, ddp", "precision": "no precision fp8", "ds muon": "one AdamW, not Muon and AdamW.*make_adamw",
-        "ds pieces": "train gives 1 pieces, DeepSpeed was told n_micro=2", "ds norm": "max_norm=0.5, DeepSpeed was told 1.0", "ds bf16": "bf16 on ZeRO stage 0", "other model": "of another model: layers.1",
+        "ds pieces": "train gives 1 pieces, DeepSpeed was told n_micro=2", "ds norm": "max_norm=0.5, DeepSpeed was told 1.0", "ds value": "max_value=0.5 with DeepSpeed.*no element can be clipped", "ds train": "max_value=0.5 with DeepSpeed", "ds bf16": "bf16 on ZeRO stage 0", "other model": "of another model: layers.1",
         "other optimizers": "saved with other optimizers", "other run": "of a run with no seed, not seed=1"}
 
 
@@ -136,6 +136,15 @@ def test_promises_between_ranks(ranks, what): assert ranks["details"][what] == E
 
 @pytest.mark.parametrize("what", SAID)
 def test_every_rank_says_the_same(ranks, what): assert re.search(SAID[what], ranks["details"][what]) and "\n" not in ranks["details"][what]
+
+
+@pytest.mark.parametrize("engine", ["ddp", "fsdp", "tp"])
+@pytest.mark.parametrize("bounds", ["value", "both"])
+def test_a_gradient_in_parts_is_clipped_as_a_whole_one(ranks, engine, bounds):
+    "By value each process clips what lies there; SGD shows it."
+    weight, norm = ranks["clipping"][f"{engine} {bounds}"]
+    assert weight < 1e-6 and norm < 2e-5
+    assert min(ranks["clipping"]["by itself"]) > 1e-3  # what a bound that is left out would do
 
 
 # --- one process -----------------------------------------------------------------------------------------------
@@ -311,6 +320,6 @@ def test_ctrl_c_in_one_process_stops_all_after_the_same_update(prepared, tmp_pat
 def test_a_run_that_diverges_is_one_line(prepared, tmp_path, monkeypatch):
     from typer.testing import CliRunner
     from llm_scratch import pipeline
-    monkeypatch.setattr(pipeline, "wsd", lambda step, n_steps: float("nan"))
+    monkeypatch.setattr(pipeline, "wsd", lambda step, n_steps: 1e38)
     done = CliRunner().invoke(pipeline.app, ["pretrain", "--run", str(_copy(prepared, tmp_path).folder)])
-    assert done.exit_code == 2 and "loss nan" in done.output and "lower the learning rate" in done.output
+    assert done.exit_code == 2 and "with gradient length nan at step 2" in done.output and "lower the learning rate" in done.output
