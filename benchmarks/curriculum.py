@@ -99,7 +99,8 @@ def prepare(texts:dict, tok, n_steps:int, seed:int)->tuple[Setting, dict]: # and
     start = time.process_time()
     s.scores["surprise"] = doc_surprise(docs, partial(token_nats, reference))
     seconds += time.process_time()-start
-    primer = "".join(t for own in texts.values() for t in random.Random(-1).sample(own, min(len(own), 20))) # not of these documents, but for chance
+    some = {source: random.Random(-1).sample(own, 20) for source, own in texts.items()}
+    primer = "".join(t[:540] for trio in zip(*some.values()) for t in trio) # what DEFLATE can remember, of all sources alike
     s.scores |= dict(length=doc_length(docs), rarity=doc_rarity(docs, np.bincount(s.row, minlength=V)), density=doc_density(chosen, primer), unprimed=doc_density(chosen))
     n = n_steps*B*T
     cost = (training_flops_per_token(REFERENCE, T)*n + flops_per_token(REFERENCE, T)*2*n)/(training_flops_per_token(CFG, T)*n) # scoring reads by windows that overlap by half
