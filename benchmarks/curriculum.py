@@ -1,6 +1,6 @@
 """Does the order of the text matter? Small decoders that differ in nothing but the order in which they read, at equal tokens.
 
-    python benchmarks/curriculum.py                 eight seeds, about a quarter of an hour of one core
+    python benchmarks/curriculum.py                 five seeds, about a quarter of an hour of one core
     python benchmarks/curriculum.py --tiny          the same in seconds, for a test: two seeds, a few updates
     python benchmarks/curriculum.py --out FILE      elsewhere than nbs/curriculum.json; rows that are there are not run again
 
@@ -172,7 +172,7 @@ def table(runs:list[dict])->str:
 
 def main(argv:list[str]|None=None)->None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seeds", type=int, default=8, help="how many")
+    parser.add_argument("--seeds", type=int, default=5, help="how many")
     parser.add_argument("--tiny", action="store_true", help="two seeds and a few updates")
     parser.add_argument("--out", type=Path, default=ROOT/"nbs"/"curriculum.json", metavar="FILE", help="the record")
     args = parser.parse_args(argv)

@@ -79,6 +79,7 @@ def test_paces_by_hand():
     assert [round(linear_pace(x, .2, .8), 6) for x in (0, .4, .8, 1)] == [.2, .6, 1, 1]
     assert [round(root_pace(x, .6, .5), 6) for x in (0, .25, .5, 1)] == [.6, round(math.sqrt(.68), 6), 1, 1]
     assert [stair_pace(x, 4, .6) for x in (0, .19, .2, .39, .4, .6, 1)] == [.25, .25, .5, .5, .75, 1, 1]
+    assert stair_pace(.3, 4, .9) == .5  # a third of the time, whatever .3*3/.9 is in floating point
     assert [stair_pace(x, 2, 1.) for x in (0, .99, 1)] == [.5, .5, 1] and stair_pace(0., 1) == 1
     for wrong in (dict(start=0.), dict(start=1.5), dict(full=0.), dict(full=2.)):
         for pace in (linear_pace, root_pace):
@@ -133,6 +134,8 @@ def test_ordered_gives_the_windows_that_the_order_names():
     ids, targets = b[0]
     assert ids.dtype == targets.dtype == torch.int64
     assert ids.tolist() == [ROW[w*9:w*9+9].tolist() for w in (110, 0, 7, 7)] and targets.tolist() == [ROW[w*9+1:w*9+10].tolist() for w in (110, 0, 7, 7)]
+    assert len(Ordered(ROW, 9, 2, np.arange(9), world=2)) == 2
+    with pytest.raises(IndexError): Ordered(ROW, 9, 2, np.arange(9), world=2)[2]
     for step in (-1, 2):
         with pytest.raises(IndexError, match=f"step {step}: an order of 9 windows has 2 batches of 4"): b[step]
     with pytest.raises(ValueError, match="names windows 0 to 111"): Ordered(ROW, 9, 4, np.array([0, 111]))
@@ -197,7 +200,7 @@ def test_doubling():
     assert [doubling(s, 16, 2, 16, .75) for s in range(16)] == [2]*4 + [4]*4 + [8]*4 + [16]*4
     assert [doubling(s, 4, 1, 4, 1.) for s in range(4)] == [1, 1, 2, 2]
     assert doubling(0, 1, 8, 8) == 8
-    for first, last in ((3, 8), (8, 4), (0, 4), (4, 12)):
+    for first, last in ((3, 8), (8, 4), (0, 4), (0, 0), (4, 12)):
         with pytest.raises(ValueError, match=f"first={first} does not become last={last}"): doubling(0, 4, first, last)
 
 
