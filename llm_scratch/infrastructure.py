@@ -4,13 +4,14 @@
 
 # %% auto #0
 __all__ = ['FEATURES', 'LANE_RATE', 'IB_ERRORS', 'REASONS', 'SLOWING', 'ANCESTORS', 'EXTRAS', 'PROGRAMS', 'SAMPLED',
-           'SAMPLED_PER_GPU', 'RANK_VARIABLES', 'triad_bandwidth', 'matmul_peak', 'Roofline', 'Matmul',
-           'decoder_matmuls', 'Cpu', 'read_cpu', 'MainMemory', 'read_memory', 'stream_bytes', 'pcie_bandwidth',
-           'NvmeDrive', 'read_nvme', 'InfinibandPort', 'read_infiniband', 'NetworkInterface', 'read_network',
-           'DiskSpeed', 'disk_speed', 'open_nvml', 'throttle_reasons', 'Gpu', 'read_gpus', 'HardwareReport',
-           'hardware_report', 'hardware_findings', 'Component', 'installed_components', 'doctor_rows', 'measured_rows',
-           'HardwareSampler', 'slow_ranks', 'AllReduceTime', 'time_all_reduce', 'neighbour_rounds', 'exchange_seconds',
-           'matmul_seconds', 'Preflight', 'preflight', 'preflight_text', 'preflight_rank', 'local_preflight']
+           'SAMPLED_PER_GPU', 'RANK_VARIABLES', 'triad_bandwidth', 'matmul_peak', 'products_gain', 'quick_products',
+           'Roofline', 'Matmul', 'decoder_matmuls', 'Cpu', 'read_cpu', 'MainMemory', 'read_memory', 'stream_bytes',
+           'pcie_bandwidth', 'NvmeDrive', 'read_nvme', 'InfinibandPort', 'read_infiniband', 'NetworkInterface',
+           'read_network', 'DiskSpeed', 'disk_speed', 'open_nvml', 'throttle_reasons', 'Gpu', 'read_gpus',
+           'HardwareReport', 'hardware_report', 'hardware_findings', 'Component', 'installed_components', 'doctor_rows',
+           'measured_rows', 'HardwareSampler', 'slow_ranks', 'AllReduceTime', 'time_all_reduce', 'neighbour_rounds',
+           'exchange_seconds', 'matmul_seconds', 'Preflight', 'preflight', 'preflight_text', 'preflight_rank',
+           'local_preflight']
 
 # %% ../nbs/05_infrastructure.ipynb #if05imp0
 import math
@@ -22,9 +23,10 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from datetime import timedelta
+from functools import lru_cache
 from pathlib import Path
 from statistics import median, median_low
 from tempfile import TemporaryDirectory
@@ -32,6 +34,7 @@ from types import ModuleType
 from typing import NamedTuple
 
 import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from .architecture import ModelConfig
 from .core import UserError, optional_package
@@ -74,6 +77,37 @@ def matmul_peak(
     "How fast the arithmetic units are when all they need is near: a product of two square matrices, `2n³` operations."
     a,b,c = (torch.ones(n, n, dtype=dtype, device=device) for _ in range(3))
     return 2*n**3 / min(_times(lambda: torch.mm(a, b, out=c), rounds, device))
+
+# %% ../nbs/05_infrastructure.ipynb #if05qui1
+@contextmanager
+def _other_library()->Iterator[None]:
+    "Float32 products go to oneDNN, which may then round to bfloat16; a processor without matrix units doesn't."
+    matmul = torch.backends.mkldnn.matmul
+    usual,matmul.fp32_precision = matmul.fp32_precision,"bf16"
+    try: yield
+    finally: matmul.fp32_precision = usual
+
+@lru_cache
+def products_gain(
+    n:int=512, # rows and columns of what is tried
+)->float: # 1 where it would round more
+    "How many times as fast as usual PyTorch's other library multiplies float32 matrices on this CPU, with no larger error."
+    a,b = torch.randn(2, n, n, generator=torch.Generator().manual_seed(0))
+    exact = a.double() @ b.double()
+    def tried()->tuple[float, float]: # seconds, and the length of the error
+        return min(_times(lambda: a @ b, 5, "cpu")),float(((a @ b).double() - exact).norm())
+    seconds,error = tried()
+    with _other_library(): other,other_error = tried()
+    return seconds/other if other_error < 2*error else 1.
+
+# %% ../nbs/05_infrastructure.ipynb #if05qui3
+@contextmanager
+def quick_products(
+    n_positions:int=512, # of the texts; up to 512, attention is made of such products, too
+)->Iterator[bool]: # whether anything is different
+    "In this block, float32 products on a CPU take the faster library if it rounds no more; with a GPU nothing changes."
+    quick = not torch.cuda.is_available() and products_gain() > 1.3
+    with _other_library() if quick else nullcontext(), sdpa_kernel(SDPBackend.MATH) if quick and n_positions <= 512 else nullcontext(): yield quick
 
 # %% ../nbs/05_infrastructure.ipynb #if05roo1
 @dataclass(frozen=True)

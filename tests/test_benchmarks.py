@@ -156,3 +156,119 @@ def test_the_trainers_of_the_lesson_have_their_rows():
     done = subprocess.run([sys.executable, SCRIPT.with_name("trainers.py"), "--texts", "5", "--merges", "20", "--rounds", "1"], capture_output=True, text=True, encoding="utf-8", timeout=200, check=False)
     assert done.returncode == 0, done.stderr
     assert re.findall(r"^\| (\w+) \| [\d.e-]+ \| [\d,]+ times", done.stdout, re.M) == ["naive", "counted", "indexed", "compiled"]
+
+
+# --- quality and tokens per CPU-second -----------------------------------------------------------------------------------
+
+def loaded(name:str, monkeypatch):
+    "A script as a module."
+    spec = spec_from_file_location(f"benchmarks_{name}", SCRIPT.with_name(f"{name}.py"))
+    module = module_from_spec(spec)
+    monkeypatch.setitem(sys.modules, spec.name, module)  # dataclasses look their module up
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    spec.loader.exec_module(module)
+    monkeypatch.setattr(torch, "set_num_threads", lambda n: None)
+    return module
+
+
+@pytest.fixture
+def quality(monkeypatch): return loaded("quality", monkeypatch)
+
+
+@pytest.fixture
+def throughput(monkeypatch): return loaded("throughput", monkeypatch)
+
+
+def sonnets(path:Path)->Path:
+    path.write_text("".join(f"{a} shall {b} the {c},\n" for a in ("who", "he", "she", "all", "none") for b in ("take", "give", "burn", "hide") for c in ("sun", "rose", "king", "worm", "crown", "sea"))*4, encoding="utf-8")
+    return path
+
+
+def test_quality_has_all_rows_and_goes_on_where_it_was(quality, tmp_path, capsys):
+    text, out = sonnets(tmp_path/"text.txt"), tmp_path/"q.json"
+    ask = ["--tiny", "--data", str(text), "--out", str(out)]
+    quality.main([*ask, "--only", "ours"])
+    record = quality.json.loads(out.read_text(encoding="utf-8"))
+    assert [(r["name"], r["seed"]) for r in record["rows"]] == [(f"ours, {n}", s) for n in ("short", "middle", "long") for s in (0, 1)]
+    capsys.readouterr()
+    quality.main(ask)
+    said, record = capsys.readouterr().out, quality.json.loads(out.read_text(encoding="utf-8"))
+    assert len(re.findall(r"^ours, .*seed", said, re.M)) == 0 and len(re.findall(r"^rival, .*, seed", said, re.M)) == len(record["rows"]) - 6
+    swept = {r["name"]:r["loss"] for r in record["rows"] if r["seed"] == 0 and re.fullmatch(r"rival, rate [\d.]+", r["name"])}
+    best = min(swept, key=swept.get)
+    assert len(swept) == 4 and {"rival, rate 0.001", best} == {r["name"] for r in record["rows"] if r["seed"] == 1 and re.fullmatch(r"rival, rate [\d.]+", r["name"])}
+    assert [r["name"] for r in record["rows"] if r["name"].startswith(f"{best}, ")] == [f"{best}, 10 updates"]*2 + [f"{best}, our products"]
+    quick, usual = (next(r for r in record["rows"] if r["name"] == n and r["seed"] == 0) for n in (f"{best}, our products", best))
+    assert abs(quick["loss"] - usual["loss"]) < 2e-3 and quick["n_tokens"] == usual["n_tokens"]  # faster, and the same training
+    assert f"| {best} | " in said and (tmp_path/"q.svg").read_text(encoding="utf-8").startswith("<?xml")
+    assert len(re.findall("^\\| (ours|rival)", said, re.M)) == len({r["name"] for r in record["rows"]})
+    weights = {r["n_weights"] for r in record["rows"]}
+    assert max(weights) < 1.1*min(weights)
+    quality.main(ask)
+    assert quality.json.loads(out.read_text(encoding="utf-8")) == record
+    text.write_text("other" + text.read_text(encoding="utf-8"), encoding="utf-8")
+    with pytest.raises(SystemExit): quality.main(ask)
+    assert "is of other text" in capsys.readouterr().err
+
+
+def test_ours_is_as_large_as_the_rival(quality):
+    from llm_scratch.architecture import ModelConfig, n_params
+    rival = sum(p.numel() for p in quality.Gpt2(65, 64, 4, 4, 128).parameters())
+    assert rival == 65*128 + 64*128 + 4*(12*128**2 + 2*128) + 128
+    for r in quality.OURS.values():
+        assert .97*rival < n_params(ModelConfig(vocab_size=65, context_len=r.context_len, n_layers=r.n_layers, n_heads=r.n_heads, n_kv_heads=r.n_heads, d_model=r.width, d_ff=r.d_ff, d_head=r.width//r.n_heads)) <= rival
+
+
+def test_every_held_out_character_is_guessed_once(quality):
+    "With a model whose guess is known: what it expects is what came last."
+    class Last(torch.nn.Module):
+        def forward(self, ids): seen.append(ids.numel()); return torch.nn.functional.one_hot(ids, 5).float()*2
+    row, seen = quality.np.random.default_rng(0).integers(5, size=1003).astype("uint8"), []
+    nats = quality.held_out_loss(Last(), row, 7)
+    same = float((row[1:] == row[:-1]).mean())
+    assert sum(seen) == len(row)-1 and abs(nats - (quality.math.log(quality.math.exp(2)+4) - 2*same)) < 1e-5
+
+
+def test_the_rival_is_as_published(quality):
+    r = quality.Gpt2Recipe()
+    assert quality.cosine(99, r) == 100/101 and quality.cosine(100, r) == 1 and abs(quality.cosine(1050, r) - .55) < 1e-9 and abs(quality.cosine(2000, r) - .1) < 1e-9
+    torch.manual_seed(0)
+    model, ids = quality.Gpt2(11, 16, 2, 2, 8), torch.randint(11, (1, 16))
+    other = ids.clone()
+    other[0, 9:] = (other[0, 9:] + 1) % 11
+    a, b = model(ids), model(other)
+    assert torch.equal(a[:, :9], b[:, :9]) and not torch.allclose(a[:, 9:], b[:, 9:])  # nothing from the future
+    a, b = model(torch.zeros(1, 16, dtype=torch.long))[0, [0, 9]]
+    assert not torch.allclose(a, b, atol=1e-4)  # the same token in two places: positions are learned
+    text = quality.Text(quality.np.arange(200, dtype="uint8") % 7, quality.np.arange(30, dtype="uint8") % 7, 7)
+    runs = [quality.gpt2_run(text, quality.Gpt2Recipe(1, 2, 16, 8, 4, 60, 5), 1e-2, seed) for seed in (0, 0, 1)]
+    assert runs[0][2] == runs[1][2] != runs[2][2] and runs[0][2] < .8*quality.math.log(7)
+
+
+def test_throughput_has_all_rows_and_goes_on_where_it_was(throughput, tmp_path, capsys, monkeypatch):
+    pytest.importorskip("transformers")
+    out = tmp_path/"t.json"
+    monkeypatch.setattr(throughput, "find_spec", lambda name: None if name == "litgpt" else name)
+    throughput.main(["--tiny", "--rounds", "1", "--out", str(out)])
+    said, record = capsys.readouterr().out, throughput.json.loads(out.read_text(encoding="utf-8"))
+    names = ["ours", "ours, usual products", "transformers, Llama", "transformers, Llama, with our products", "GPT-2-style", "GPT-2-style, with our products"]
+    assert [r["way"] for r in record["rows"]] == names and re.findall(r"^\| tiny \| (.*?) \| [\d,]+ \| [\d.]+ \| \d+%", said, re.M) == names
+    assert said.splitlines()[-1].startswith("skipped litgpt: litgpt is not installed") and (tmp_path/"t.svg").exists()
+    throughput.main(["--tiny", "--rounds", "2", "--out", str(out)])
+    again = throughput.json.loads(out.read_text(encoding="utf-8"))
+    assert again["rows"][:6] == record["rows"] and [(r["way"], r["round"]) for r in again["rows"][6:]] == [(n, 1) for n in names[3:] + names[:3]]  # others begin
+    fast = throughput.speeds(dict(rows=[dict(size="tiny", way="ours", tokens=10, seconds=s) for s in (1, 2, 10)]), throughput.TINY[0])
+    assert fast == dict(ours=5)
+
+
+def stands_still(throughput, size): return throughput.plain(m := throughput.Gpt2(size.cfg.vocab_size, 32, 2, 4, 32), lambda ids: m(ids).detach()*0 + m.embed.weight.sum()*0)
+
+
+def is_half_as_large(throughput, size): return throughput.plain(m := throughput.Gpt2(size.cfg.vocab_size, 32, 1, 4, 32), m)
+
+
+@pytest.mark.parametrize("spoil, said", [(stands_still, "does not learn"), (is_half_as_large, "there is nothing to compare")])
+def test_a_peer_of_another_kind_is_not_timed(throughput, tmp_path, monkeypatch, spoil, said):
+    monkeypatch.setattr(throughput, "PEERS", dict(gpt2=lambda cfg: spoil(throughput, throughput.TINY[0])))
+    with pytest.raises(AssertionError, match=said): throughput.main(["--tiny", "--rounds", "1", "--out", str(tmp_path/"t.json")])
+    assert not (tmp_path/"t.json").exists()

@@ -707,3 +707,65 @@ def test_no_rank_and_wrong_numbers(monkeypatch):
 
 def test_local_preflight_passes_on_what_a_rank_says():
     with pytest.raises(UserError, match="threshold=1 would call"): local_preflight(1, threshold=1)
+
+
+# --- one product, two libraries ---------------------------------------------------------------------------------------
+
+SWITCH = torch.backends.mkldnn.matmul
+
+
+@pytest.fixture
+def gain():
+    "A function that answers anew, and forgets what it found here."
+    infra.products_gain.cache_clear()
+    yield infra.products_gain
+    infra.products_gain.cache_clear()
+
+
+def timed(monkeypatch, usual, other):
+    "Each way takes as long as we say; the products are done."
+    monkeypatch.setattr(infra, "_times", lambda work, rounds, device: (work(), [5*(t := other if SWITCH.fp32_precision == "bf16" else usual), t])[1])
+
+
+def test_a_faster_library_is_told_by_how_much(monkeypatch, gain):
+    timed(monkeypatch, 3., 2.)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    exact = gain(64)
+    assert exact in (1.5, 1.)  # 1 on a processor with matrix units, whose products are rounded
+    before = SWITCH.fp32_precision
+    with infra.quick_products() as quick: assert (quick, SWITCH.fp32_precision) == ((True, "bf16") if gain() > 1.3 else (False, before))
+    assert SWITCH.fp32_precision == before
+
+
+def test_a_library_that_rounds_more_is_not_used(monkeypatch, gain):
+    timed(monkeypatch, 3., 1.)
+
+    @infra.contextmanager
+    def rounding():
+        with torch.autocast("cpu", torch.bfloat16): yield
+    monkeypatch.setattr(infra, "_other_library", rounding)
+    monkeypatch.setattr(infra, "_times", lambda work, rounds, device: [1. if torch.is_autocast_enabled("cpu") else 3.])
+    assert gain() == 1.
+
+
+@pytest.mark.parametrize("faster, with_gpu, n_positions, expected", [(1.29, False, 64, (False, False)), (1.31, False, 64, (True, True)), (9., False, 512, (True, True)), (9., False, 513, (True, False)), (9., True, 64, (False, False))])
+def test_when_products_are_quick(monkeypatch, faster, with_gpu, n_positions, expected):
+    monkeypatch.setattr(infra, "products_gain", lambda: faster)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: with_gpu)
+    usual, flash = SWITCH.fp32_precision, torch.backends.cuda.flash_sdp_enabled()
+    assert usual != "bf16" and flash
+    with pytest.raises(KeyError), infra.quick_products(n_positions) as quick:
+        assert (quick, not torch.backends.cuda.flash_sdp_enabled()) == expected and (SWITCH.fp32_precision == "bf16") == expected[0]
+        raise KeyError
+    assert (SWITCH.fp32_precision, torch.backends.cuda.flash_sdp_enabled()) == (usual, flash)
+
+
+def test_quick_products_train_the_same_model():
+    from llm_scratch.pretraining import TrainState, make_optimizers, train
+    cfg, ends = ModelConfig(vocab_size=64, context_len=32, n_layers=2, n_heads=4, n_kv_heads=2, d_model=64, d_ff=128, d_head=16), []
+    for context in (infra.nullcontext(), infra.quick_products(32)):
+        torch.manual_seed(0)
+        model, ids = Decoder(cfg), torch.arange(128).view(4, 32) % 64
+        with context: ends.append([s.loss for s in train(TrainState(model, make_optimizers(model)), [(ids, ids.roll(-1, 1))]*5, lambda step: 1., 5)])
+    torch.testing.assert_close(*ends, atol=1e-4, rtol=0)
+    assert ends[0][-1] < ends[0][0] - .5
