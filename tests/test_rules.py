@@ -46,6 +46,7 @@ MAY_IMPORT = {
     "megatron": {"core", "architecture", "families", "interchange", "tokenization"},  # weights one way, tokens the other, and a model's folder home
     "pretraining": {"core", "checkpointing", "engines"},
     "curriculum": set(),
+    "rates": {"core", "architecture", "pretraining"},
     "evaluation": {"core"},
     "pipeline": {"core", "architecture", "generation", "interchange", "llamacpp", "data", "sources", "cleaning", "privacy", "curation", "duplicates", "tokenization", "fastbpe", "infrastructure", "planning", "checkpointing", "engines", "launching", "monitoring", "pretraining", "evaluation"},
 }
