@@ -233,7 +233,7 @@ class LineView(View):
     def is_due(self, since:float)->bool: return self.progress.n % self.every == 0 or self.progress.n == self.progress.n_steps
     def draw(self)->None:
         "One line, unless it was said already."
-        if self.progress.n != self.said and self.is_due(0.): self.out(progress_line(self.progress)); self.said = self.progress.n
+        if self.progress.last and self.progress.n != self.said and self.is_due(0.): self.out(progress_line(self.progress)); self.said = self.progress.n
 
 class TerminalView(View):
     "A region of the terminal that is redrawn in place and vanishes at the end."

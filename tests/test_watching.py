@@ -210,6 +210,13 @@ def test_lines_where_there_is_no_terminal():
     assert said == ["10/25, loss 2.00, 100 tokens/s, 0:15 left", "20/25, loss 2.00, 100 tokens/s, 0:05 left", "25/25, loss 2.00, 100 tokens/s, 0:00 left"]
 
 
+def test_nothing_is_said_of_a_run_that_never_began():
+    said = []
+    def broken(): raise RuntimeError("no tokens"); yield
+    with pytest.raises(RuntimeError): list(LineView(25, 10, said.append).watch(broken()))
+    assert said == []
+
+
 def test_the_view_follows_the_output():
     from rich.console import Console
     file, terminal = (Console(file=io.StringIO(), force_terminal=t, force_jupyter=False, width=90) for t in (False, True))
