@@ -336,7 +336,7 @@ def _whole_model(run:Run, state:TrainState)->Decoder|None: # in the main process
 
 def _decoder(run:Run, full:dict[str, torch.Tensor])->Decoder:
     "A model of the run with given weights, under the names of `named_state`."
-    with torch.device("meta"): model = Decoder(run.preset.config)
+    with torch.random.fork_rng(devices=[]): model = Decoder(run.preset.config) # moves nobody's random numbers
     model.load_state_dict({name.removeprefix("model."):x for name,x in full.items()}, assign=True)
     return model
 
