@@ -267,7 +267,7 @@ class Odd(nn.Module):
         if self.where == "arithmetic": x = x / (ids != 5).float()[..., None]
         if self.where == "gradient": x = x + ((self.inner(x)-self.inner(x).detach())*(ids == 5)[..., None]).abs().sqrt()  # sqrt has no slope at 0
         x = self.out(self.inner(x))
-        return torch.where((ids == 5)[..., None], torch.linspace(-3e38, 3e38, 97), x) if self.where == "loss" else x
+        return torch.where((ids == 5)[..., None], 3e38*(1 - torch.arange(97) % 2*2.), x) if self.where == "loss" else x
 
 
 @pytest.mark.parametrize("where", ["arithmetic", "loss", "gradient"])
