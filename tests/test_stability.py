@@ -1,8 +1,6 @@
 "Runs that meet bad batches: what is passed over, gone back to, kept for a look; on one process and on two. And compiling that may fail, and noise with a known answer."
 import json
 import math
-import os
-import shutil
 import sys
 import warnings
 from functools import partial
@@ -218,6 +216,50 @@ def test_a_damaged_checkpoint_is_one_line(tmp_path, old, new):
     text = (path/"state.json").read_text(encoding="utf-8")
     (path/"state.json").write_text(text.replace(old, new, 1), encoding="utf-8")
     with pytest.raises(UserError, match="state.json is (corrupt|not JSON).*delete the folder"): load_careful(fresh(), path, ABOUT)
+
+
+# --- on two processes -----------------------------------------------------------------------------------------------
+
+@pytest.fixture(scope="module")
+def ranks(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("ranks")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "path", [*sys.path, str(Path(__file__).parent)])
+        torchrun(2, "stability_ranks", str(folder), timeout=500)
+    return json.loads((folder/"found.json").read_text(encoding="utf-8"))
+
+
+ENGINES = pytest.mark.parametrize("engine", ["ddp", "fsdp"])
+
+
+@ENGINES
+def test_ranks_pass_over_the_same_batches_though_one_alone_has_seen_the_garbage(ranks, engine):
+    found = ranks[f"passing_over {engine}"]
+    assert found["guards"][0] == found["guards"][1] and found["guards"][0][0] == [30, 31, 44] and found["apart"] < 5e-6
+
+
+@ENGINES
+def test_ranks_roll_back_together(ranks, engine):
+    found = ranks[f"rolling_back {engine}"]
+    assert found["guard"] == [list(range(25, 34)), [[34, 25]]] and found["apart"] < 5e-6
+    assert found["resumed"] == [40, True] and found["names"] == [f"{n:06d}" for n in range(5, 41, 5)]
+
+
+def test_every_rank_says_which_rank_and_where(ranks):
+    found = ranks["breaking ddp"]
+    assert found["files"] == ["step000001-rank0", "step000001-rank1"] and found["said"][0] == found["said"][1]
+    assert "Process 1: the output of layers.1.mlp.up_proj is the first that is no number, in all 4 sequences" in found["said"][0] and "process 0" not in found["said"][0] and "step000001-rank*" in found["said"][0]
+
+
+@ENGINES
+def test_noise_over_ranks_is_that_of_one_process(ranks, engine):
+    found = ranks[f"noise {engine}"]
+    assert found["ranks"][0] == found["ranks"][1]
+    for key, x in found["plain"].items(): assert math.isclose(found["ranks"][0][key], x, rel_tol=1e-3)
+
+
+def test_a_model_that_is_cut_is_looked_at(ranks):
+    assert ranks["nothing"] == ["None", "None"] and all(c.startswith("the output of layers.0.mlp.down_proj") for c in ranks["cut"])
 
 
 # --- a batch for a look ---------------------------------------------------------------------------------------------
