@@ -94,7 +94,7 @@ def one_run(state:TrainState, guard:Guard, batches:Faulty, rate, n:int, text:np.
         except Stuck: # the model is what is bad: go back as far as the fault is long
             stuck += 1
             roll_back(state, guard, folder, ABOUT, margin=10+late)
-    return dict(held=curve, loss=loss, passed=guard.passed, rollbacks=guard.rollbacks, stuck=stuck, highest=max(scores))
+    return dict(held=curve, loss=loss if late else {}, passed=guard.passed, rollbacks=guard.rollbacks, stuck=stuck, highest=max(scores))
 
 def bf16_run(text:tuple, seed:int, n:int)->dict:
     "The same run as `none, norm 1` with Muon, but for bfloat16."

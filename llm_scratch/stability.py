@@ -173,18 +173,20 @@ def roll_back(
     folder:str|Path, # of the checkpoints, by `save_careful`
     about:dict, # as they were saved with
     *,
-    margin:int=20, # how many updates old a checkpoint must be to be trusted
+    margin:int=20, # how many updates old a checkpoint must be to be trusted, unless it has been gone back to before
+    ahead:int=10, # batches that are passed over beyond the last one: faults rarely come alone
     most:int=3, # how often the same checkpoint may be gone back to
 )->None:
-    "Return to the newest checkpoint that can be trusted, and pass over every batch that was learned from since (Chowdhery et al. 2022, section 5.1)."
+    "Return to the newest checkpoint that can be trusted, and pass over every batch that was learned from since, and some more (Chowdhery et al. 2022, section 5.1)."
     folder,end = Path(folder),state.step
     found = state.engine.at_main(lambda: {step:path.name for step,path in saved(folder).items() if step <= end})
-    if not (good := [step for step in found if step <= end-margin]): raise UserError(f"no checkpoint in {folder} is {margin} updates older than update {end}: save more often, or give a smaller margin")
+    trusted = {to for _,to in guard.rollbacks}
+    if not (good := [step for step in found if step <= end-margin or step in trusted]): raise UserError(f"no checkpoint in {folder} is {margin} updates older than update {end}: save more often, or give a smaller margin")
     if sum(to == good[-1] for _,to in guard.rollbacks) >= most: raise UserError(f"went back to update {good[-1]} {most} times, with new batches each time: it isn't the batches. Lower the learning rate")
     before = load_careful(state, folder/found[good[-1]], about)
     guard.losses,guard.norms,guard.score = before.losses,before.norms,before.score
     guard.rollbacks = [*guard.rollbacks, [end, state.step]]
-    guard.passed = sorted({*guard.passed, *(batch_number(step, guard.passed) for step in range(state.step, end))})
+    guard.passed = sorted({*guard.passed, *(batch_number(step, guard.passed) for step in range(state.step, end+ahead))})
     save_careful(state, guard, folder, about) # who is killed from here on goes on from here
     state.engine.at_main(lambda: _forget([folder/name for step,name in found.items() if step > state.step]))
 
