@@ -39,17 +39,18 @@ class Plan:
     seeds:tuple=(0, 1, 2)
     more_seeds:tuple=(0, 1, 2, 3, 4) # for schedules, whose differences are small
     patience:int=4 # times as many updates for the prescribed rate
-    cooldowns:tuple=(.1, .2, .4, .6, .8) # shares of the run
-    ends:tuple=(.5, 1, 2) # lengths of the run, times `n_steps`, that one stable run can have
+    cooldowns:tuple=(.1, .2, .4, .6) # shares of the run
+    ends:tuple=(.5, 1) # lengths of the run, times `n_steps`, that one stable run can have
     range_steps:int=100 # updates of a range test
     widths:tuple=(32, 64, 128) # the first is the base
-    width_rates:tuple=(.0025, .005, .01, .02, .04) # of AdamW
-    muon_rates:tuple=(.125, .25, .5, 1., 2.) # factors of the rates of `make_optimizers`
+    width_rates:tuple=(("standard", 32, (.0025, .005, .01, .02)), ("standard", 64, (.0025, .005, .01, .02)), ("standard", 128, (.00125, .0025, .005, .01)),
+                       *(("transferred", d, (.0025, .005, .01, .02)) for d in (32, 64, 128)), # of AdamW
+                       ("muon", 32, (1., 2., 4.)), ("muon", 64, (1., 2., 4.)), ("muon", 128, (.5, 1., 2.))) # factors of the rates of `make_optimizers`
     width_steps:int=120 # updates of the runs over widths
     width_batch:int=8 # windows per update
 
 TINY = Plan(width=32, n_steps=6, batch_size=2, context=16, rates=(1e-4, 1e-2), seeds=(0, 1), more_seeds=(0, 1), patience=2, cooldowns=(.5,), ends=(.5, 1), range_steps=8,
-            widths=(32, 48), width_rates=(.01,), muon_rates=(1.,), width_steps=4, width_batch=2)
+            widths=(32, 48), width_rates=tuple((way, d, (.01,)) for way in ("standard", "transferred", "muon") for d in (32, 48)), width_steps=4, width_batch=2)
 
 class Lab:
     "The text, the record, and the rows that are not there yet."
@@ -98,7 +99,6 @@ def fresh(lab:Lab, way:str, d:int, rate:float, seed:int)->TrainState:
 def shape(name:str, n_steps:int):
     "A schedule of the run; all warm up over its first tenth."
     warmup = n_steps//10
-    if name == "constant": return lambda step: min(1., (step+1)/max(1, warmup))
     if name == "wsd": return partial(wsd, n_steps=n_steps, warmup=max(1, warmup))
     return partial(dict(cosine=cosine, linear=linear)[name], n_steps=n_steps, warmup=warmup)
 
@@ -148,18 +148,17 @@ def measure_all(lab:Lab)->None:
     best = best_rate(lab)
     for seed in plan.seeds: range_row(lab, "standard", plan.width, plan.batch_size, seed)
     for seed in plan.seeds:
-        for d in plan.widths:
-            for way, rates in (("standard", plan.width_rates), ("transferred", plan.width_rates), ("muon", plan.muon_rates)):
-                for rate in rates: width_run(lab, way, d, rate, seed)
+        for way, d, rates in plan.width_rates:
+            for rate in rates: width_run(lab, way, d, rate, seed)
     for seed in plan.more_seeds:
-        for schedule in ("cosine", "linear", "wsd", *(["constant"] if seed in plan.seeds else [])): run(lab, schedule, best, plan.n_steps, seed)
+        for schedule in ("cosine", "linear", "wsd"): run(lab, schedule, best, plan.n_steps, seed)
     for seed in plan.seeds:
         ends(lab, best, seed)
         for x in plan.ends: run(lab, "cosine", best, round(plan.n_steps*x), seed)
-        run(lab, "cosine", plan.rates[0], plan.n_steps*plan.patience, seed)
     for seed in plan.seeds:
-        for d in plan.widths:
+        for d in (plan.widths[0], plan.widths[-1]):
             for way in ("standard", "muon"): range_row(lab, way, d, plan.width_batch, seed)
+    for seed in plan.seeds: run(lab, "cosine", plan.rates[0], plan.n_steps*plan.patience, seed)
 
 def main(argv:list[str]|None=None)->None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)

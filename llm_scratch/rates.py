@@ -15,6 +15,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+from fastcore.basics import patch
 from torch import nn
 
 from .architecture import Decoder, ModelConfig, init_weights
@@ -82,6 +83,7 @@ class RangeTest:
     "The loss while the rate grew."
     factors:tuple[float, ...] # of the full rates, one per update
     losses:tuple[float, ...] # before each update, nats per token
+    blew_up:bool=False # did it end because the loss was twice its lowest, or no number?
     around:int=4 # losses on either side that count into `smooth`
 
     @property
@@ -90,14 +92,22 @@ class RangeTest:
         n,k = len(self.losses),self.around
         return [sum(self.losses[i-r:i+r+1])/(2*r+1) for i in range(n) for r in [min(k, i, n-1-i)]]
 
-# %% ../nbs/06a_rates.ipynb #r6a8846a
-@property
-def _lowest(self:RangeTest)->float: # factor of the full rates
-    "Where the smooth loss is lowest; `UserError` when it has not risen again behind it."
-    smooth = self.smooth
-    i = min(range(len(smooth)), key=smooth.__getitem__)
-    if max(smooth[i:]) < smooth[i]+.1: raise UserError(f"the loss is still at its lowest at a factor of {self.factors[i]:.3g}, the last was {self.factors[-1]:.3g}: give a larger `high`")
-    return self.factors[i]
+# %% ../nbs/06a_rates.ipynb #r6aa0f2c
+@patch(as_prop=True)
+def edge(self:RangeTest)->float: # factor of the full rates
+    "Where the loss ends to fall: once it falls in earnest, the first factor that no rate up to the double beats by more than noise; `UserError` when there is none."
+    smooth,n = np.array(self.smooth),len(self.losses)
+    k = max(1, round(math.log(2)/math.log(self.factors[1]/self.factors[0]))) if n > 1 else 1 # updates until the rate has doubled
+    falls,noise = smooth[:-k]-smooth[k:],float(np.std(smooth-self.losses)) # noise of one loss
+    if n <= k or falls.max() < 2*noise: raise UserError(f"the loss does not fall beyond its noise in {n} updates, factors {self.factors[0]:.3g} to {self.factors[-1]:.3g}: give a smaller `low`, a larger `high` or more updates")
+    for i in range(int(np.argmax(falls >= falls.max()/2)), n if self.blew_up else n-k):
+        if smooth[i] <= smooth[i+1:i+1+k].min(initial=math.inf) + 2*noise/(2*self.around+1)**.5: return self.factors[i]
+    raise UserError(f"the loss still falls at the last factor, {self.factors[-1]:.3g}: give a larger `high`")
+
+@patch(as_prop=True)
+def suggestion(self:RangeTest)->float: # factor of the full rates
+    "Half the edge."
+    return self.edge/2
 
 # %% ../nbs/06a_rates.ipynb #r6aae833
 def range_test(
@@ -113,15 +123,16 @@ def range_test(
     "Let the rate grow by the same factor at every update, and look at the loss (Smith 2017)."
     if not 0 < low < high: raise ValueError(f"low={low} and high={high}: the rates go up from low, which is above 0")
     if n_steps < 2: raise ValueError(f"n_steps={n_steps} updates have no rates between them: give at least 2")
-    factors,losses = [low*(high/low)**(i/(n_steps-1)) for i in range(n_steps)],[]
+    factors,losses,blew_up = [low*(high/low)**(i/(n_steps-1)) for i in range(n_steps)],[],False
     with borrowed(state):
         for factor in factors:
             try: losses.append(update(state, *batches[state.step], factor, n_micro=n_micro, max_norm=max_norm).loss)
             except NotFinite:
                 if not losses: raise
-                break
-            if losses[-1] > 2*min(losses): break
-    return RangeTest(tuple(factors[:len(losses)]), tuple(losses))
+                blew_up = True
+            else: blew_up = losses[-1] > 2*min(losses)
+            if blew_up: break
+    return RangeTest(tuple(factors[:len(losses)]), tuple(losses), blew_up)
 
 # %% ../nbs/06a_rates.ipynb #r6a9afd8
 def activations(
