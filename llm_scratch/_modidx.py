@@ -1310,7 +1310,6 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                        'llm_scratch/pipeline.py'),
                                       'llm_scratch.pipeline.Run': ('pipeline.html#run', 'llm_scratch/pipeline.py'),
                                       'llm_scratch.pipeline._about': ('pipeline.html#_about', 'llm_scratch/pipeline.py'),
-                                      'llm_scratch.pipeline._bad_batch': ('pipeline.html#_bad_batch', 'llm_scratch/pipeline.py'),
                                       'llm_scratch.pipeline._batches': ('pipeline.html#_batches', 'llm_scratch/pipeline.py'),
                                       'llm_scratch.pipeline._begin': ('pipeline.html#_begin', 'llm_scratch/pipeline.py'),
                                       'llm_scratch.pipeline._byte_docs': ('pipeline.html#_byte_docs', 'llm_scratch/pipeline.py'),

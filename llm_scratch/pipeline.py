@@ -22,7 +22,7 @@ import time
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import closing, contextmanager, suppress
+from contextlib import closing, contextmanager
 from dataclasses import asdict, dataclass, fields, replace
 from functools import partial
 from itertools import islice
@@ -33,7 +33,6 @@ import numpy as np
 import torch
 import typer
 from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import nn
 
 from .architecture import Decoder, ModelConfig, init_weights, load_model, n_params, save_model, training_flops_per_token
@@ -56,6 +55,7 @@ from .pretraining import Batches, NotFinite, Step, TrainState, load_checkpoint, 
 from .privacy import RedactPII
 from .rates import cosine, linear
 from .sources import Stage, open_streams
+from .stability import save_bad_batch
 from .tokenization import HubTokenizer, Shards, Tokenizer, load_tokenizer, save_tokenizer, train_bpe, write_shards
 from .watching import SCHEDULER, TerminalView, View, open_view
 
@@ -410,13 +410,6 @@ def _monitors(run:Run, engine:Engine, state:TrainState, about:dict, spec:str)->M
     return open_monitors(spec, run.folder, resume_step=state.step, config=about, rank=rank, local_rank=local, sample=sample)
 
 # %% ../nbs/12_pipeline.ipynb #cbc40b51c
-def _bad_batch(run:Run, engine:Engine, e:NotFinite)->Path:
-    "Write down the batch whose loss was no number, each process its own part; gives the folder."
-    folder = run.folder/"bad_batch"
-    folder.mkdir(exist_ok=True)
-    with atomic_path(folder/f"{e.step:06d}-{engine.rank}.safetensors") as new: save_file(dict(ids=e.ids_BT.cpu().contiguous(), targets=e.targets_BT.cpu().contiguous()), new, metadata=dict(step=str(e.step), loss=str(e.loss), grad_norm=str(e.grad_norm)))
-    return folder
-
 def _updates(run:Run, state:TrainState, batches:Batches, monitors:Monitors, save:Callable[[], None])->Iterator[Step]:
     "The updates that are still to be made, logged, and saved now and then; and before who watches leaves."
     p,begin = run.preset,time.perf_counter()
@@ -446,7 +439,7 @@ def pretrain(
         _resume(run, engine, state, about)
         with _monitors(run, engine, state, about, monitor) as monitors:
             try: yield from _updates(run, state, batches, monitors, save)
-            except NotFinite as e: raise UserError(f"{e}; it is kept in {_bad_batch(run, engine, e)}, and so is the checkpoint before it") from e
+            except NotFinite as e: raise UserError(f"{e}; it is kept in {save_bad_batch(run.folder/'bad_batch', e, engine.rank)}, and so is the checkpoint before it") from e
             save()
         if model := _whole_model(run, state): save_pretrained(run, model)
         engine.agree("") # the others leave when the model is there

@@ -45,9 +45,11 @@ MAY_IMPORT = {
     "monitoring": {"core"},
     "megatron": {"core", "architecture", "families", "interchange", "tokenization"},  # weights one way, tokens the other, and a model's folder home
     "pretraining": {"core", "checkpointing", "engines"},
+    "rates": {"core", "architecture", "pretraining"},
+    "stability": {"core", "checkpointing", "engines", "monitoring", "pretraining"},
     "watching": {"pretraining"},  # what an update says of itself
     "evaluation": {"core"},
-    "pipeline": {"core", "architecture", "generation", "interchange", "llamacpp", "data", "sources", "cleaning", "privacy", "curation", "duplicates", "tokenization", "fastbpe", "infrastructure", "planning", "checkpointing", "engines", "launching", "monitoring", "pretraining", "rates", "watching", "evaluation"},
+    "pipeline": {"core", "architecture", "generation", "interchange", "llamacpp", "data", "sources", "cleaning", "privacy", "curation", "duplicates", "tokenization", "fastbpe", "infrastructure", "planning", "checkpointing", "engines", "launching", "monitoring", "pretraining", "rates", "stability", "watching", "evaluation"},
 }
 HEAVY = {"datasets", "tokenizers", "matplotlib", "rich", "typer", "ipywidgets", "transformers", "evaluate", "IPython", "pandas", "nbdev", "numba", "gguf", "xllamacpp",
          "resiliparse", "trafilatura", "fastwarc", "ftfy", "py3langid", "lingua", "charset_normalizer", "datatrove", "datasketch", "sklearn", "pyarrow", "tiktoken",
