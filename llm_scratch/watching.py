@@ -189,7 +189,7 @@ class View:
         "Have a place to draw on as long as the block lasts."
         yield
     def is_due(self, since:float)->bool: # after an update, `since` seconds after the last look
-        return since >= self.every or self.progress.n == self.progress.n_steps
+        return since >= self.every
 
     def stop(self)->None:
         "Ask for an end after the current update."

@@ -70,6 +70,8 @@ def test_nothing_is_known_before_it_is_known():
 def test_a_resumed_run_begins_where_it_was():
     p = Progress(100).after(made(41)).after(made(42), 1., 1.)
     assert (p.first, p.n, p.seconds_left) == (40, 42, 58.) and ">40</text>" in loss_svg(p)
+    for n in range(43, 101): p = p.after(made(n))
+    assert re.search(r'points="[^"]*?([\d.]+),[\d.]+"', loss_svg(p, 480, 120))[1] == "470.0"  # the curve ends where the axis does
 
 
 @pytest.mark.parametrize("seconds, said", [(0, "0:00"), (59.6, "1:00"), (61, "1:01"), (3599.4, "59:59"), (3600, "1:00:00"), (86399, "23:59:59"), (86400, "1 day 0:00:00"), (200000, "2 days 7:33:20"), (math.nan, "–"), (math.inf, "–")])
@@ -99,6 +101,7 @@ def test_what_a_model_wrote_cannot_break_the_screen(text, width):
     p = replace(Progress(10).after(made(1)).after(made(2), 1., 1.), text=text)
     shown, page = progress_text(p, width), progress_html(p)
     assert all(c.isprintable() for line in shown.split("\n") for c in line) and all(len(line) <= width for line in shown.split("\n")) and len(shown.split("\n")) <= 8
+    assert all(len(line) <= width for line in progress_text(replace(p, text=text + "x"*200), width).split("\n"))
     assert not set(re.findall(r"<(\w+)", page)) - {"div", "svg", "path", "polyline", "text", "span", "pre"}
 
 
@@ -124,9 +127,9 @@ def test_two_clocks():
 @pytest.mark.parametrize("n", [1, 2, 9])
 def test_a_wish_is_granted_after_the_update_and_what_is_watched_is_closed(n):
     clock, closed = Clock(), []
-    view = View(10, clock=clock)
+    view, steps = View(10, clock=clock), training(clock, 10, closed=closed)  # held here, so that no garbage collector closes it
     seen = []
-    for step in view.watch(training(clock, 10, closed=closed)):
+    for step in view.watch(steps):
         seen.append(step.n)
         if step.n == n: view.stop()
     assert seen == list(range(1, n+1)) and closed == [n] and view.stopped_by == READER
