@@ -136,8 +136,10 @@ def trial(i:int, way:str, n_steps:int, whole:dict)->dict:
             again = Child(Path(tmp), way, n_steps)
             well = again.ended() == 0
             leftovers = [name for name, _, what in inventory(tmp) if what.startswith("left by")]
+            resumed = int(again.last("from") or -1)
+            swept = not leftovers or resumed == n_steps # by the next save, and after the last there is none
             return dict(way=way, trial=i, aim=aim, missed=missed, made=int(child.last("made") or 0), begun=int(child.last("save") or 0), left=found,
-                        resumed=int(again.last("from") or -1), equal=well and again.last("end") == whole["digest"] and not leftovers and max(saved(tmp)) == n_steps)
+                        resumed=resumed, equal=well and again.last("end") == whole["digest"] and swept and max(saved(tmp)) == n_steps)
     raise RuntimeError(f"{way}, trial {i}: twenty runs came to their end before they could be killed")
 
 def table(record:dict)->str:

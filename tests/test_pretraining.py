@@ -103,6 +103,15 @@ def test_a_checkpoint_of_another_run_is_refused(tmp_path):
     with pytest.raises(UserError, match="n_steps=9, not n_steps=10"): load_checkpoint(_state(), path, dict(seed=0, n_steps=10))
 
 
+def test_a_checkpoint_brings_its_rates_and_wants_its_optimizers(tmp_path):
+    state = _state()
+    state.optimizers = make_optimizers(state.model, lr=.5)
+    path = save_checkpoint(state, tmp_path, ABOUT)
+    assert load_checkpoint(_state(), path, ABOUT).optimizers[0].param_groups[0]["initial_lr"] == .01  # not .02, as the fresh ones have it
+    model = Bigram()
+    with pytest.raises(UserError, match="000000 was saved with other optimizers"): load_checkpoint(TrainState(model, make_adamw(model)), path, ABOUT)
+
+
 @given(n_micro=st.integers(1, 4), hidden=st.lists(st.integers(0, 31), max_size=25))
 @settings(max_examples=25, deadline=None)
 def test_gradients_do_not_depend_on_the_pieces(n_micro, hidden):
@@ -128,6 +137,16 @@ def test_a_loss_that_is_no_number_stops_before_the_weights_are_touched():
     for a, b in zip((e.value.ids_BT, e.value.targets_BT), BATCHES[5]): assert torch.equal(a, b)
     again = pickle.loads(pickle.dumps(e.value))
     assert type(again) is NotFinite and str(again) == str(e.value) and torch.equal(again.ids_BT, e.value.ids_BT)
+
+
+def test_an_infinite_loss_with_a_fine_gradient_stops_too():
+    "A target that has no chance at all: the loss is infinite, probability minus truth is not."
+    state = _train(_state(), 2)
+    state.model.out.register_forward_hook(lambda m, args, out: out.index_fill(-1, BATCHES[2][1][0, 0], -math.inf))
+    before = {k: v.clone() for k, v in state.model.state_dict().items()}
+    with pytest.raises(NotFinite) as e: next(train(state, BATCHES, lambda step: 1., 9))
+    assert e.value.loss == math.inf and all(p.grad.isfinite().all() for p in state.model.parameters())
+    assert _same(before, state.model.state_dict()) and state.step == 2
 
 
 @pytest.mark.parametrize("bounds", [{}, dict(max_value=1.)], ids=str)
