@@ -4,6 +4,7 @@ import math
 import sys
 import warnings
 from functools import partial
+from importlib.util import module_from_spec, spec_from_file_location
 from itertools import product
 from pathlib import Path
 
@@ -446,3 +447,28 @@ def test_noise_is_measured_without_a_trace_and_the_whole_is_the_batch():
 @pytest.mark.parametrize("n", [1, 9])
 def test_pieces_that_cannot_be(n):
     with pytest.raises(ValueError, match=f"n_micro={n} pieces of 8 sequences"): measure_noise(fresh(), *PLAIN[0], n)
+
+
+# --- the record -----------------------------------------------------------------------------------------------------
+
+def test_the_study_of_faults_goes_on_where_it_was(tmp_path, monkeypatch, capsys):
+    spec = spec_from_file_location("benchmarks_stability", Path(__file__).resolve().parent.parent/"benchmarks"/"stability.py")
+    study = module_from_spec(spec)
+    spec.loader.exec_module(study)
+    rng = np.random.default_rng(0)
+    text = np.where(rng.random(6000) < .2, rng.integers(0, 99, 6000), np.arange(6000)*7 % 61)
+    monkeypatch.setattr(study, "rows_of_text", lambda: (text[:3500], text[3500:]))
+    monkeypatch.setattr(study, "CFG", ModelConfig(128, 64, n_layers=1, n_heads=1, n_kv_heads=1, d_model=16, d_ff=32, d_head=16))
+    monkeypatch.setattr(study, "MAKE", dict(muon=make_optimizers))
+    out = tmp_path/"try.json"
+    monkeypatch.setattr(sys, "argv", ["stability.py", "--seeds", "1", "--tiny", "--parts", "spikes", "bf16", "--out", str(out)])
+    study.main()
+    rows = json.loads(out.read_text(encoding="utf-8"))["rows"]
+    assert [(r["fault"], r["remedy"]) for r in rows[:-1]] == [("none", "norm 1"), *(("unshifted", r) for r in study.REMEDIES), *(("stuck", r) for r in ("norm 1", "pass over", "roll back"))]
+    by = {(r["fault"], r["remedy"]): r for r in rows[:-1]}
+    assert all("60" in r["held"] for r in rows[:-1]) and rows[-1]["part"] == "bf16" and abs(rows[-1]["held"]-by["none", "norm 1"]["held"]["60"]) < .1
+    assert study.cost_of(by["none", "norm 1"], by["none", "norm 1"]) == (0, 0)
+    for remedy in ("nothing", "norm 1", "value 1"): assert by["unshifted", remedy]["passed"] == []
+    assert "extra nats x updates" in capsys.readouterr().out
+    study.main()
+    assert "CPU-s" not in capsys.readouterr().out  # nothing is run twice
