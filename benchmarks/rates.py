@@ -1,6 +1,6 @@
 """Learning rates at the size of this book: how large, coming down how, found by what, and do they carry over to another width?
 
-    python benchmarks/rates.py                 three to five seeds, about ten minutes of one core
+    python benchmarks/rates.py                 three to five seeds, about eight minutes of one core
     python benchmarks/rates.py --tiny          the same in seconds, for a test: small models, a few updates
     python benchmarks/rates.py --out FILE      elsewhere than nbs/rates.json
 
@@ -26,7 +26,7 @@ from llm_scratch.architecture import Decoder, ModelConfig, init_weights, n_param
 from llm_scratch.core import read_json, write_json  # noqa: E402
 from llm_scratch.data import load_corpus, split_corpus  # noqa: E402
 from llm_scratch.pretraining import Batches, TrainState, make_optimizers, train, wsd  # noqa: E402
-from llm_scratch.rates import borrowed, cosine, draw_for_width, linear, make_width_adamw, range_test  # noqa: E402
+from llm_scratch.rates import borrowed, cosine, draw_for_width, linear, make_width_adamw, make_width_optimizers, range_test  # noqa: E402
 
 @dataclass(frozen=True)
 class Plan:
@@ -38,19 +38,19 @@ class Plan:
     rates:tuple=(1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2) # of AdamW; the first is the prescribed one
     seeds:tuple=(0, 1, 2)
     more_seeds:tuple=(0, 1, 2, 3, 4) # for schedules, whose differences are small
-    patience:int=4 # times as many updates for the prescribed rate
     cooldowns:tuple=(.1, .2, .4, .6) # shares of the run
     ends:tuple=(.5, 1) # lengths of the run, times `n_steps`, that one stable run can have
     range_steps:int=100 # updates of a range test
     widths:tuple=(32, 64, 128) # the first is the base
     width_rates:tuple=(("standard", 32, (.0025, .005, .01, .02)), ("standard", 64, (.0025, .005, .01, .02)), ("standard", 128, (.00125, .0025, .005, .01)),
                        *(("transferred", d, (.0025, .005, .01, .02)) for d in (32, 64, 128)), # of AdamW
-                       ("muon", 32, (1., 2., 4.)), ("muon", 64, (1., 2., 4.)), ("muon", 128, (.5, 1., 2.))) # factors of the rates of `make_optimizers`
+                       ("muon", 32, (1., 2., 4.)), ("muon", 64, (1., 2., 4.)), ("muon", 128, (.5, 1., 2.)), # factors of the rates of `make_optimizers`
+                       ("muon transferred", 128, (1., 2., 4.)), *(("scores doubled", d, (.01,)) for d in (32, 128)))
     width_steps:int=120 # updates of the runs over widths
     width_batch:int=8 # windows per update
 
-TINY = Plan(width=32, n_steps=6, batch_size=2, context=16, rates=(1e-4, 1e-2), seeds=(0, 1), more_seeds=(0, 1), patience=2, cooldowns=(.5,), ends=(.5, 1), range_steps=8,
-            widths=(32, 48), width_rates=tuple((way, d, (.01,)) for way in ("standard", "transferred", "muon") for d in (32, 48)), width_steps=4, width_batch=2)
+TINY = Plan(width=32, n_steps=6, batch_size=2, context=16, rates=(1e-4, 1e-2), seeds=(0, 1), more_seeds=(0, 1), cooldowns=(.5,), ends=(.5, 1), range_steps=8,
+            widths=(32, 48), width_rates=tuple((way, d, (.01,)) for way in ("standard", "transferred", "muon", "muon transferred", "scores doubled") for d in (32, 48)), width_steps=4, width_batch=2)
 
 class Lab:
     "The text, the record, and the rows that are not there yet."
@@ -90,30 +90,33 @@ def adamw(model, lr:float)->list:
     return [opt]
 
 def fresh(lab:Lab, way:str, d:int, rate:float, seed:int)->TrainState:
-    "A run that has not begun: `standard` AdamW, AdamW `transferred` from the first width, or `muon`."
+    "A run that has not begun: `standard` AdamW, AdamW `transferred` from the first width (or so with its `scores doubled`), `muon`, or `muon transferred`."
     model, base = Decoder(lab.cfg(d)), lab.cfg(lab.plan.widths[0])
-    if way == "transferred": return TrainState(draw_for_width(model, base, seed), make_width_adamw(model, base, rate))
+    if way in ("transferred", "scores doubled", "muon transferred"):
+        draw_for_width(model, base, seed)
+        if way == "scores doubled": model.norm.weight.data *= 2
+        return TrainState(model, (make_width_optimizers if way == "muon transferred" else make_width_adamw)(model, base, rate))
     init_weights(model, seed)
     return TrainState(model, dict(standard=adamw, muon=make_optimizers)[way](model, rate))
 
-def shape(name:str, n_steps:int):
-    "A schedule of the run; all warm up over its first tenth."
-    warmup = n_steps//10
+def shape(name:str, n_steps:int, warmup:int):
+    "A schedule of the run."
     if name == "wsd": return partial(wsd, n_steps=n_steps, warmup=max(1, warmup))
     return partial(dict(cosine=cosine, linear=linear)[name], n_steps=n_steps, warmup=warmup)
 
-def run(lab:Lab, schedule:str, rate:float, n_steps:int, seed:int)->dict:
+def run(lab:Lab, schedule:str, rate:float, n_steps:int, seed:int, warmup:int|None=None)->dict:
+    "All warm up for as long, whatever their length: they are to differ in one thing. With a warmup of its own a run is of another kind."
     def measure():
         state = fresh(lab, "standard", lab.plan.width, rate, seed)
-        for _ in train(state, lab.batches(seed), shape(schedule, n_steps), n_steps): pass
+        for _ in train(state, lab.batches(seed), shape(schedule, n_steps, lab.plan.n_steps//10 if warmup is None else warmup), n_steps): pass
         return dict(loss=lab.loss(state.model))
-    return lab.add(measure, kind="run", schedule=schedule, rate=rate, n_steps=n_steps, seed=seed)
+    return lab.add(measure, **(dict(kind="run") if warmup is None else dict(kind="warmup", warmup=warmup)), schedule=schedule, rate=rate, n_steps=n_steps, seed=seed)
 
 def width_run(lab:Lab, way:str, d:int, rate:float, seed:int)->dict:
     def measure():
         if way == "transferred" and d == lab.plan.widths[0]: return dict(loss=width_run(lab, "standard", d, rate, seed)["loss"]) # the base itself: the same groups, the same weights
         state, n = fresh(lab, way, d, rate, seed), lab.plan.width_steps
-        for _ in train(state, lab.batches(seed, lab.plan.width_batch), shape("cosine", n), n): pass
+        for _ in train(state, lab.batches(seed, lab.plan.width_batch), shape("cosine", n, n//10), n): pass
         return dict(loss=lab.loss(state.model))
     return lab.add(measure, kind="width", way=way, width=d, rate=rate, seed=seed)
 
@@ -155,10 +158,10 @@ def measure_all(lab:Lab)->None:
     for seed in plan.seeds:
         ends(lab, best, seed)
         for x in plan.ends: run(lab, "cosine", best, round(plan.n_steps*x), seed)
+        run(lab, "cosine", best, short := round(plan.n_steps*plan.ends[0]), seed, warmup=short//10)
     for seed in plan.seeds:
         for d in (plan.widths[0], plan.widths[-1]):
             for way in ("standard", "muon"): range_row(lab, way, d, plan.width_batch, seed)
-    for seed in plan.seeds: run(lab, "cosine", plan.rates[0], plan.n_steps*plan.patience, seed)
 
 def main(argv:list[str]|None=None)->None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)

@@ -1577,6 +1577,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                    'llm_scratch.rates.growth': ('rates.html#growth', 'llm_scratch/rates.py'),
                                    'llm_scratch.rates.linear': ('rates.html#linear', 'llm_scratch/rates.py'),
                                    'llm_scratch.rates.make_width_adamw': ('rates.html#make_width_adamw', 'llm_scratch/rates.py'),
+                                   'llm_scratch.rates.make_width_optimizers': ('rates.html#make_width_optimizers', 'llm_scratch/rates.py'),
                                    'llm_scratch.rates.range_test': ('rates.html#range_test', 'llm_scratch/rates.py'),
                                    'llm_scratch.rates.width_groups': ('rates.html#width_groups', 'llm_scratch/rates.py')},
             'llm_scratch.sources': { 'llm_scratch.sources.ChainStream': ('sources.html#chainstream', 'llm_scratch/sources.py'),

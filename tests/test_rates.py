@@ -19,7 +19,7 @@ from llm_scratch.architecture import Decoder, ModelConfig, init_weights
 from llm_scratch.core import UserError
 from llm_scratch.engines import Engine
 from llm_scratch.pretraining import Batches, NotFinite, TrainState, make_adamw, make_optimizers, train, update, wsd
-from llm_scratch.rates import RangeTest, activations, borrowed, coordinate_check, cosine, draw_for_width, growth, linear, make_width_adamw, range_test, width_groups
+from llm_scratch.rates import RangeTest, activations, borrowed, coordinate_check, cosine, draw_for_width, growth, linear, make_width_adamw, make_width_optimizers, range_test, width_groups
 
 SCRIPT = Path(__file__).resolve().parent.parent/"benchmarks"/"rates.py"
 BATCHES = Batches(np.random.default_rng(0).integers(0, 40, 2000), 16, 4)
@@ -114,7 +114,7 @@ def spoil(state):
 
 def told(state): # everything
     tensors = {name: x.clone() for name, x in state.model.state_dict().items()}
-    return tensors, [[repr(opt.state[p]) for g in opt.param_groups for p in g["params"]] for opt in state.optimizers], [{k: v for k, v in g.items() if k != "params"} for opt in state.optimizers for g in opt.param_groups], state.step, torch.get_rng_state()
+    return tensors, [[repr(opt.state.get(p)) for g in opt.param_groups for p in g["params"]] for opt in state.optimizers], [{k: v for k, v in g.items() if k != "params"} for opt in state.optimizers for g in opt.param_groups], state.step, torch.get_rng_state()
 
 
 @pytest.mark.parametrize("make", [make_optimizers, make_adamw, accelerated])
@@ -314,6 +314,16 @@ def test_only_the_last_norm_begins_elsewhere():
     assert_close(model(ids), plain(ids)/4)
 
 
+def test_muon_keeps_its_rates_and_the_last_norm_gets_its_own():
+    model = draw_for_width(Decoder(cfg(64)), cfg(16), seed=0)
+    rates = lambda optimizers: {n: g["initial_lr"] for opt in optimizers for g in opt.param_groups for q in g["params"] for n, p in model.named_parameters() if p is q}
+    ours, plain = make_width_optimizers(model, cfg(16), .5), make_optimizers(model, .5)
+    assert rates(ours) == rates(plain) | {"norm.weight": rates(plain)["norm.weight"]/4}
+    assert all(g["lr"] == g["initial_lr"] for opt in ours for g in opt.param_groups) and sum(len(g["params"]) for opt in ours for g in opt.param_groups) == len(list(model.parameters()))
+    assert [(g["betas"], g["eps"], g["weight_decay"]) for g in ours[1].param_groups] == [((.8, .95), 1e-10, 0)]*3
+    with pytest.raises(UserError, match="d_head=8, and 4"): make_width_optimizers(model, cfg(16, d_head=4, n_heads=4, n_kv_heads=4))
+
+
 class Scaled(Decoder):
     "The factor of the scores, spelled out."
     def scores(self, x_BTD): return super().scores(x_BTD)/4
@@ -396,7 +406,7 @@ def test_the_script_goes_on_where_it_stopped(tmp_path):
     done = run()
     assert done.returncode == 0, done.stderr
     record = json.loads(out.read_text(encoding="utf-8"))
-    assert {r["kind"] for r in record["rows"]} == {"run", "width", "end", "range"} and len(record["rows"]) == len(done.stdout.splitlines())-1
+    assert {r["kind"] for r in record["rows"]} == {"run", "width", "end", "range", "warmup"} and len(record["rows"]) == len(done.stdout.splitlines())-1
     part = dict(record, rows=[r for r in record["rows"] if r["kind"] != "end"][1:])  # as if it had been stopped
     out.write_text(json.dumps(part), encoding="utf-8")
     done = run()
