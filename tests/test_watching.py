@@ -250,9 +250,9 @@ from llm_scratch.pretraining import Step
 from llm_scratch.watching import NotebookView
 def updates():
     try:
-        for n in range(1, 1201): time.sleep(.05); yield Step(n, 2., 1., .5, 100)
+        for n in range(1, 6001): time.sleep(.05); yield Step(n, 2., 1., .5, 100)
     except GeneratorExit: print("saved after", n)
-view = NotebookView(1200, every=.1)
+view = NotebookView(6000, every=.1)
 display(view)
 for step in view.watch(updates()): pass
 print("left by", view.stopped_by, "at", step.n, view.note.value)"""
@@ -261,14 +261,14 @@ print("left by", view.stopped_by, "at", step.n, view.note.value)"""
 def clicked(kernel, subshell:str)->str:
     "Run the loop, click its button as JupyterLab does, amid the running cell; what the cell printed."
     kernel.execute(LOOP)
-    button, said, end = None, "", time.monotonic() + 50
+    button, said, end = None, "", time.monotonic() + 200
     while time.monotonic() < end:
-        message = kernel.get_iopub_msg(timeout=50)
+        message = kernel.get_iopub_msg(timeout=150)
         kind, content = message["msg_type"], message["content"]
         assert kind != "error", content
         if kind == "comm_open" and content["data"]["state"].get("_model_name") == "ButtonModel": button = content["comm_id"]
         if kind == "stream" and content["name"] == "stdout": said += content["text"]
-        if button and " of 1,200" in str(content.get("data", "")):
+        if button and " of 6,000" in str(content.get("data", "")):
             click = kernel.session.msg("comm_msg", content=dict(comm_id=button, data=dict(method="custom", content=dict(event="click"))))
             click["header"]["subshell_id"] = subshell
             kernel.shell_channel.send(click)
@@ -284,6 +284,6 @@ def test_a_real_kernel_hears_the_button_while_it_computes():
     manager, kernel = start_new_kernel()
     try:
         kernel.control_channel.send(kernel.session.msg("create_subshell_request"))
-        said = clicked(kernel, kernel.get_control_msg(timeout=30)["content"]["subshell_id"])
+        said = clicked(kernel, kernel.get_control_msg(timeout=150)["content"]["subshell_id"])
     finally: manager.shutdown_kernel(now=True)
-    assert re.fullmatch(r"saved after (\d+)\nleft by 1 at \1 \n", said) and "1200" not in said, said
+    assert re.fullmatch(r"saved after (\d+)\nleft by 1 at \1 \n", said) and "6000" not in said, said
