@@ -25,6 +25,7 @@ from nbdev.config import get_config
 from nbdev.test import nb_test_cells
 
 ROOT = Path(__file__).resolve().parent.parent
+WIDGET = "application/vnd.jupyter.widget-view+json"
 ANSI = re.compile(r"\x1b\[[0-9;]*m") # the colours of a traceback
 
 # Same outputs, byte for byte, in every run: widget ids come from a seeded generator, svg ids from a fixed salt, and no svg bears a date.
@@ -71,6 +72,7 @@ def execute(
     del nb.cells[0]
     for cell in nb.cells:
         if "outputs" in cell: cell.outputs = [o for o in cell.outputs if not is_gone(o)]
+    if not any(WIDGET in out.get("data", {}) for cell in nb.cells for out in cell.get("outputs", [])): nb.metadata.pop("widgets", None) # the state of widgets that no cell shows
     return nb
 
 def save(nb:nbformat.NotebookNode, path:Path)->None:

@@ -1,14 +1,15 @@
-// Open a notebook in JupyterLab, run all its cells, and press the right arrow on its first slider when asked to; every other address is refused.
+// Open a notebook in JupyterLab, run all its cells, and press the right arrow on its first slider, or a button, when asked to; every other address is refused.
 //
-//     node tests/lab.mjs URL [--presses N --until TEXT]
+//     node tests/lab.mjs URL [--presses N --until TEXT] [--click LABEL --until TEXT] [--interrupt --until TEXT]
 //
 // URL is that of the notebook, with its token. Prints one line of JSON: { cells, saw, problems }, where saw tells whether TEXT appeared before and after
-// the presses. Leaves with status 1 when there are problems; what cells show is for the caller to judge. CHROMIUM names the browser.
+// the presses. A button is clicked, or the kernel interrupted, while the cells still run; saw then tells whether they ran before, and whether TEXT appeared. Leaves with status 1 when there are problems; what cells show is for the caller to judge. CHROMIUM names the browser.
 import { createRequire } from 'node:module';
 import { parseArgs } from 'node:util';
 
 const { chromium } = createRequire(new URL('../docs/package.json', import.meta.url))('playwright-core'); // from docs/node_modules
-const { values: { presses, until }, positionals: [url] } = parseArgs({ allowPositionals: true, options: { presses: { type: 'string', default: '0' }, until: { type: 'string' } } });
+const { values: { presses, until, click, interrupt }, positionals: [url] } = parseArgs({ allowPositionals: true, options: {
+  presses: { type: 'string', default: '0' }, until: { type: 'string' }, click: { type: 'string' }, interrupt: { type: 'boolean', default: false } } });
 const limit = 60000, report = { cells: [], saw: [], problems: [] };
 const problem = what => report.problems.push(what);
 
@@ -34,14 +35,19 @@ async function open() {
   return page;
 }
 
-const runAll = async () => { // in the page: what the menu's Run All Cells does, once there is a kernel to hear it
+const runAll = async wait => { // in the page: what the menu's Run All Cells does, once there is a kernel to hear it
   const panel = window.jupyterapp.shell.currentWidget, session = panel.sessionContext;
   await panel.context.ready;
   await session.ready;
   await session.session.kernel.info; // a kernel that is not connected yet drops Run All without a word
   await session.session.kernel.requestExecute({ code: '', silent: true }).done;
-  await window.jupyterapp.commands.execute('notebook:run-all-cells');
-  return panel.model.toJSON().cells.filter(c => c.cell_type === 'code');
+  window.allRun = window.jupyterapp.commands.execute('notebook:run-all-cells');
+  if (wait) await window.allRun;
+};
+
+const seen = async () => { // in the page: the cells when all have run
+  await window.allRun;
+  return window.jupyterapp.shell.currentWidget.model.toJSON().cells.filter(c => c.cell_type === 'code');
 };
 
 async function slide(page) {
@@ -52,10 +58,24 @@ async function slide(page) {
   report.saw.push(await text.waitFor({ timeout: limit / 3 }).then(() => true, () => false));
 }
 
+const runs = page => page.evaluate(() => Promise.race([window.allRun.then(() => false), new Promise(go => setTimeout(go, 100, true))]));
+
+async function intervene(page) { // while the cells run
+  const text = page.locator('.jp-OutputArea-output').getByText(until), button = page.locator('.jp-OutputArea-output').getByRole('button', { name: click });
+  if (click) await button.waitFor();
+  await page.waitForTimeout(1500); // well into the loop
+  report.saw.push(await runs(page));
+  if (click) await button.click();
+  else await page.evaluate(() => window.jupyterapp.commands.execute('notebook:interrupt-kernel'));
+  report.saw.push(await text.waitFor({ timeout: limit / 3 }).then(() => true, () => false));
+}
+
 async function visit() {
-  const page = await open();
-  report.cells = await page.evaluate(runAll);
-  if (until) await slide(page);
+  const page = await open(), amid = click || interrupt;
+  await page.evaluate(runAll, !amid);
+  if (amid) await intervene(page);
+  else if (until) await slide(page);
+  report.cells = await page.evaluate(seen);
   await page.waitForTimeout(1000); // what a cell shows may ask for something late
 }
 

@@ -1,6 +1,7 @@
 "JupyterLab opens a chapter, runs it from top to bottom and moves its widgets, in a browser that may ask this machine only."
 import json
 import os
+import re
 import secrets
 import shutil
 import socket
@@ -143,6 +144,31 @@ def test_the_tokenizer_playground_plays_the_merges(lab):
     report = lab("playground.ipynb", "--presses", "2", "--until", "merge 2 of 2")
     assert report["problems"] == [] and failures(report["cells"]) == []
     assert report["saw"] == [False, True]
+
+
+# Chapter 06g's view, around a training that would take a minute.
+LOOP = """import time
+from llm_scratch.pretraining import Step
+from llm_scratch.watching import NotebookView
+def updates():
+    try:
+        for n in range(1, 601): time.sleep(.1); yield Step(n, 2., 1., .5, 100)
+    except GeneratorExit: print("saved after", n, "of 600")
+view = NotebookView(600)
+display(view)
+for step in view.watch(updates()): pass
+print("left by", view.stopped_by, "at", step.n, "says", view.button.description)"""
+
+
+@pytest.mark.parametrize("how", [("--click", "stop after this update"), ("--interrupt",)], ids=["button", "interrupt"])
+def test_a_running_loop_is_stopped_between_two_updates(lab, how):
+    "The button needs a kernel with subshells; the interrupt needs nothing."
+    write(lab.folder/"loop.ipynb", LOOP)
+    report = lab("loop.ipynb", *how, "--until", "saved after")
+    assert report["problems"] == [] and failures(report["cells"]) == []
+    assert report["saw"] == [True, True], "it ran before, and then it was saved"
+    said = "".join(out.get("text", "") for c in report["cells"] for out in c["outputs"])
+    assert re.search(r"saved after (\d+) of 600\nleft by 1 at \1 says stop", said) and not "saved after 600" in said, said
 
 
 def test_what_is_wrong_is_seen(lab):

@@ -5,6 +5,8 @@ import random
 import re
 import shlex
 import shutil
+import signal
+import socket
 import subprocess
 import sys
 import time
@@ -20,7 +22,10 @@ from llm_scratch import pipeline
 from llm_scratch.architecture import Decoder, init_weights, load_model
 from llm_scratch.core import sha256_file
 from llm_scratch.data import tiny_corpus
-from llm_scratch.pipeline import PRESETS, app, cpu, decoder_config, open_run, prepare_documents, prepare_tokens, pretrain, read_log, start_run, write_texts
+from llm_scratch.pipeline import (PRESETS, app, check_memory, cluster, cpu, decoder_config, free_bytes, open_run, prepare_documents, prepare_tokens, preset_layout, pretrain, read_log, start_run,
+                                  write_texts)
+from llm_scratch.planning import peak_memory
+from llm_scratch.rates import cosine, linear
 from llm_scratch.tokenization import load_tokenizer
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -323,7 +328,8 @@ def test_the_files_of_monitoring(tmp_path):
 def test_every_update_is_told_and_blocks_computed_again_change_nothing(copy):
     whole = (copy/"model"/"model.safetensors").read_bytes()
     for name in ("model", "checkpoints"): shutil.rmtree(copy/name)
-    with closing(pretrain(open_run(copy), monitor="tensorboard", recompute=True)) as steps: assert [s.n for s in steps] == list(range(1, 31))
+    run = open_run(copy)
+    with closing(pretrain(replace(run, preset=replace(run.preset, recompute=True)), monitor="tensorboard")) as steps: assert [s.n for s in steps] == list(range(1, 31))
     assert (copy/"model"/"model.safetensors").read_bytes() == whole and [r["step"] for r in read_log(open_run(copy))] == list(range(1, 31))
     assert list((copy/"tensorboard").glob("events*"))
 
@@ -409,3 +415,247 @@ def test_a_run_of_the_edition_before_opens(finished, tmp_path):
     for new in ("cleaning", "keep_out"): del saved["preset"][new]
     (copy/"run.json").write_text(json.dumps(saved))
     assert open_run(copy).preset == open_run(finished).preset
+
+
+# --- before the first step ------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("wrong, told", [
+    (dict(lr=0.), "lr=0.0 is not above 0"), (dict(lr=-1.), "lr=-1.0 is not above 0"), (dict(lr=float("nan")), "lr=nan is not above 0"), (dict(lr=float("inf")), "lr=inf is not above 0"),
+    (dict(max_norm=0.), "max_norm=0.0 is not above 0"), (dict(warmup=30), "warmup=30 does not fit into n_steps=30, give from 1 to 29"), (dict(warmup=0), "warmup=0"),
+    (dict(n_micro=3), "batch_size=4 is not a multiple of 1 processes x n_micro=3"), (dict(nodes=2, per_node=2, n_micro=2), "batch_size=4 is not a multiple of 4 processes x n_micro=2"),
+    (dict(n_validation=0), "n_validation=0 leaves the validation set empty"), (dict(n_steps=0), "n_steps=0 is below 1"), (dict(n_micro=0), "n_micro=0 is below 1"),
+    (dict(schedule="steps"), "there is no schedule steps, give one of wsd, cosine, linear"), (dict(optimizer="sgd"), "there is no optimizer sgd"), (dict(engine="horovod"), "there is no engine horovod"),
+    (dict(precision="fp8"), "there is no precision fp8, give one of fp32, bf16"), (dict(shape="9b"), "there is no shape 9b, give one of gpt2"), (dict(device="tpu"), "there is no device tpu"),
+    (dict(engine="deepspeed"), "deepspeed drives one AdamW, not muon")])
+def test_a_preset_that_makes_no_sense_names_both_numbers(wrong, told):
+    with pytest.raises(ValueError, match=re.escape(told)): replace(cpu().tiny(), **wrong)
+
+
+def test_what_just_fits_is_taken():
+    for right in (dict(warmup=29), dict(warmup=1), dict(n_micro=4), dict(nodes=2, per_node=2), dict(n_validation=1), dict(lr=1e-9), dict(engine="deepspeed", optimizer="adamw")): replace(cpu().tiny(), **right)
+
+
+@pytest.fixture
+def untrained(copy):
+    "A tiny run with tokens and nothing trained."
+    for name in ("model", "checkpoints"): shutil.rmtree(copy/name)
+    (copy/"log.jsonl").unlink()
+    return copy
+
+
+def with_preset(folder:Path, **fields):
+    saved = json.loads((folder/"run.json").read_text())
+    (folder/"run.json").write_text(json.dumps(saved | dict(preset=saved["preset"] | fields)))
+
+
+@pytest.mark.parametrize("spoil, args, told", [
+    (None, ["--lr", 0], "lr=0.0 is not above 0"),
+    (None, ["--warmup", 30], "warmup=30 does not fit into n_steps=30"),
+    (None, ["--n-micro", 3], "batch_size=4 is not a multiple of 1 processes x n_micro=3"),
+    (None, ["--schedule", "steps"], "there is no schedule steps"),
+    (None, ["--precision", "fp8"], "there is no precision fp8"),
+    (lambda r: with_preset(r, batch_size=4_000_000), [], "does not fit: the step needs"),
+    (lambda r: with_preset(r, n_validation=0), [], "leaves the validation set empty"),
+    (lambda r: shutil.rmtree(r/"tokens"/"validation"), [], "llm-scratch tokenize"),
+    (lambda r: (shutil.rmtree(r/"tokens"/"validation"), shutil.copytree(r/"tokens"/"train", r/"tokens"/"validation"), rewrite(r/"tokens"/"validation"/"header.json", n_docs=0)), [], "validation set in"),
+    (lambda r: rewrite(r/"tokens"/"validation"/"header.json", tokenizer="0"*64), [], "made by another tokenizer"),
+    (lambda r: rewrite(r/"tokens"/"train"/"header.json", tokenizer="0"*64), [], "made by another tokenizer"),
+])
+def test_before_any_compute_is_spent_one_line_says_what_is_wrong(untrained, spoil, args, told, monkeypatch):
+    if spoil: spoil(untrained)
+    before = tree(untrained)
+    monkeypatch.setattr(pipeline, "init_weights", lambda *_: pytest.fail("it made a model"))
+    status, out, err = call("pretrain", "--run", untrained, *args)
+    assert status == 2 and told in err and len(err.strip().splitlines()) == 1 and "Traceback" not in err, err
+    assert {n: h for n, h in tree(untrained).items() if n != ".run.lock"} == {n: h for n, h in before.items() if n != ".run.lock"}
+
+
+def rewrite(path:Path, **fields): path.write_text(json.dumps(json.loads(path.read_text()) | fields))
+
+
+def test_a_validation_set_without_documents_is_told_when_tokens_are_made(untrained):
+    from datasets import DatasetDict
+    from llm_scratch.data import load_documents, save_documents
+    splits = load_documents(untrained/"documents")
+    splits = DatasetDict(train=splits["train"].select(range(20)), validation=splits["validation"].select([]), duplicates=splits["duplicates"])
+    for name in ("documents", "tokens"): shutil.rmtree(untrained/name)
+    save_documents(splits, untrained/"documents", "")
+    status, _, err = call("tokenize", "--run", untrained)
+    assert status == 2 and "the validation set of" in err and "is empty" in err and len(err.strip().splitlines()) == 1
+
+
+@pytest.mark.parametrize("free", [1.5e6, 2.5e6, 3e6, 5e6])
+def test_the_remedy_for_a_batch_that_is_too_large_fits_and_nothing_simpler_does(free):
+    p = replace(cpu().tiny(), batch_size=12)
+    need = lambda n, again=False: peak_memory(p.config, preset_layout(replace(p, n_micro=n, recompute=again), 1), p.context_len).total
+    with pytest.raises(ValueError, match="a batch of 12 texts of 64 tokens does not fit") as e: check_memory(p, preset_layout(p, 1), free)
+    if found := re.search(r"give --n-micro (\d+)( --recompute)?, which needs", str(e.value)):
+        n, again = int(found[1]), bool(found[2])
+        assert need(n, again) <= free and not any(need(m, again) <= free for m in (1, 2, 3, 4, 6, 12) if m < n) and (not again or need(12) > free)
+    else: assert need(12, True) > free and "in no pieces would it fit" in str(e.value)
+
+
+def test_memory_is_that_of_one_of_many_processes(monkeypatch):
+    alone = free_bytes()
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
+    assert free_bytes() < alone/2
+    assert preset_layout(cluster(), 32).batch_size == 4 and preset_layout(cluster(), 16).batch_size == 8 and preset_layout(replace(cpu().tiny(), engine="tp"), 2).batch_size == 4
+    assert [preset_layout(replace(cluster(), zero_stage=z), 32).stage for z in range(4)] == [0, 1, 2, 3]
+
+
+# --- presets that need more than this machine ---------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("name, words", [("gpu", ["gpt2", "hub:fineweb-edu", "19,073 updates", "524,288 tokens", "1 x 1 a100", "was never run"]), ("cluster", ["1.3b", "deepspeed", "zero_stage=2", "4 x 8 a100", "--nodes 4", "was never run"]), ("tiny", ["depth 1", "a CPU is enough"])])
+def test_a_dry_run_says_what_it_takes_and_makes_nothing(name, words, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("COLUMNS", "200")
+    status, out, err = call("run", "--preset", name, "--dry-run")
+    assert status == 0 and all(w in out for w in words) and not list(tmp_path.iterdir()), out + err
+    assert ("was never run" in out) == (name != "tiny")
+
+
+@pytest.mark.parametrize("args, told", [(["--preset", "gpu", "--chip", "rtx4090"], "give --n-micro 64, which needs"), (["--preset", "gpu", "--chip", "abacus"], "there is no chip abacus"), (["--preset", "cluster", "--chip", "l4"], "give --n-micro 8, which needs"),
+                                        (["--preset", "gpu", "--lr", "0"], "lr=0.0 is not above 0"), (["--preset", "gpu", "--n-micro", "5"], "n_micro=5"), (["--preset", "gpu", "--warmup", "20000"], "warmup=20000 does not fit into n_steps=19073")])
+def test_a_dry_run_refuses_what_would_not_work(args, told, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    status, out, err = call("run", *args, "--dry-run")
+    assert status == 2 and re.search(told, err) and len(err.strip().splitlines()) == 1 and not list(tmp_path.iterdir()), out + err
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")
+def test_a_preset_for_a_gpu_is_refused_before_anything_is_made(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    status, _, err = call("run", "--preset", "gpu")
+    assert status == 2 and "wants a GPU that PyTorch can use" in err and "gpu-tiny" in err and not list(tmp_path.iterdir())
+
+
+def test_a_preset_for_many_processes_says_how_it_is_launched(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    status, _, err = call("run", "--preset", "cluster")
+    assert status == 2 and "deepspeed in 32 processes" in err and "launch" in err and len(err.strip().splitlines()) == 1 and not list(tmp_path.iterdir())
+
+
+def groups(run)->list[dict]: return json.loads((run.checkpoints/"000030"/"state.json").read_text())["groups"]
+
+
+def test_the_twin_of_gpu_goes_the_whole_way(tmp_path, monkeypatch):
+    told = {}
+    def spied(*args, **how): told.update(how); return real(*args, **how)
+    real = pipeline.train
+    monkeypatch.setattr(pipeline, "train", spied)
+    status, out, err = call("run", "--preset", "gpu-tiny", "--run", tmp_path/"run")
+    assert status == 0, err
+    run = open_run(tmp_path/"run")
+    assert told == dict(n_micro=2, max_norm=1.) and (run.folder/"curation").is_dir()
+    log = read_log(run)
+    assert [round(r["lr"], 6) for r in log] == [round(cosine(s, 30, 10, end=.1), 6) for s in range(30)] and log[-1]["loss"] < log[0]["loss"]
+    assert [g["initial_lr"] for g in groups(run)] == [pytest.approx(6e-4)] and groups(run)[0]["betas"] == [.9, .95]
+    shutil.copytree(run.folder, tmp_path/"exact")
+    for name in ("model", "checkpoints"): shutil.rmtree(tmp_path/"exact"/name)
+    assert call("pretrain", "--run", tmp_path/"exact", "--precision", "fp32", "--n-micro", 1)[0] == 0
+    apart = [abs(a["loss"]-b["loss"]) for a, b in zip(log, read_log(open_run(tmp_path/"exact")))]
+    assert 1e-5 < max(apart) < .1 and told["n_micro"] == 1, "bfloat16 rounds, and it rounds only"
+    assert json.loads((tmp_path/"exact"/"run.json").read_text()) == json.loads((tmp_path/"run"/"run.json").read_text()), "how it is computed is no part of what the run is"
+
+
+def test_the_twin_of_cluster_is_launched_with_deepspeed_in_two_processes(tmp_path):
+    pytest.importorskip("deepspeed", reason="DeepSpeed is not installed: pip install 'llm_scratch[distributed]'")
+    folder = tmp_path/"run"
+    assert call("data", "--preset", "cluster-tiny", "--run", folder)[0] == 0 and call("tokenize", "--run", folder)[0] == 0
+    done = subprocess.run([sys.executable, "-m", "llm_scratch", "launch", "--run", folder], capture_output=True, text=True, timeout=400, cwd=tmp_path, env=os.environ | dict(OMP_NUM_THREADS="1", PYTHONPATH=str(ROOT)))
+    assert done.returncode == 0, done.stdout + done.stderr
+    run = open_run(folder)
+    log = read_log(run)
+    assert [r["step"] for r in log] == list(range(1, 31)) and log[-1]["loss"] < log[0]["loss"] and (run.model/"model.safetensors").is_file()
+    assert log[0]["n_tokens"] == 4*64 and [g["initial_lr"] for g in groups(run)] == [pytest.approx(2e-4)]
+    alone = start_run(tmp_path/"alone", replace(run.preset, engine="plain"), run.seed)
+    for name in ("documents", "tokenizer", "tokens"): shutil.copytree(run.folder/name, alone.folder/name)
+    steps = list(pretrain(alone))
+    assert max(abs(a.loss-b["loss"]) for a, b in zip(steps, log)) < .05, "two processes of DeepSpeed learn what one of PyTorch learns"
+
+
+# --- rates that a run may still change -------------------------------------------------------------------------------------------
+
+def test_rates_may_change_until_something_is_trained(untrained):
+    assert call("pretrain", "--run", untrained, "--lr", .5, "--schedule", "linear", "--warmup", 5)[0] == 0
+    run = open_run(untrained)
+    assert (run.preset.lr, run.preset.schedule, run.preset.warmup) == (.5, "linear", 5)
+    assert [r["lr"] for r in read_log(run)] == pytest.approx([linear(s, 30, 5) for s in range(30)]) and groups(run)[0]["initial_lr"] == pytest.approx(.01)
+    shutil.rmtree(untrained/"model")
+    status, _, err = call("pretrain", "--run", untrained, "--lr", 1)
+    assert status == 2 and "lr=0.5, not lr=1.0" in err
+    assert call("pretrain", "--run", untrained)[0] == 0  # the run has its own
+
+
+def test_checkpoints_of_the_edition_before_open(untrained):
+    "They know nothing of rates; and how a run is computed is no part of what it is."
+    run = open_run(untrained)
+    new = {"shape", "optimizer", "lr", "schedule", "warmup", "max_norm", "n_micro", "precision", "engine", "zero_stage", "recompute", "device", "nodes", "per_node"}
+    assert set(pipeline._about(run)).isdisjoint(new) and {"cleaning", "keep_out", "batch_size", "seed", "tokenizer"} <= set(pipeline._about(run))
+    assert pipeline._about(replace(run, preset=replace(run.preset, lr=.5, n_micro=2)))["lr"] == .5 and "n_micro" not in pipeline._about(replace(run, preset=replace(run.preset, n_micro=2)))
+    saved = json.loads((untrained/"run.json").read_text())
+    for name in new: del saved["preset"][name]
+    (untrained/"run.json").write_text(json.dumps(saved))
+    assert open_run(untrained).preset == run.preset
+
+
+# --- stopped, and broken ------------------------------------------------------------------------------------------------------------
+
+def ranks(n:int, *args)->list[subprocess.Popen]:
+    with socket.socket() as s: s.bind(("127.0.0.1", 0)); port = s.getsockname()[1]
+    env = lambda r: os.environ | dict(OMP_NUM_THREADS="1", PYTHONPATH=str(ROOT)) | (dict(RANK=str(r), LOCAL_RANK=str(r), WORLD_SIZE=str(n), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port)) if n > 1 else {})
+    return [subprocess.Popen([sys.executable, "-m", "llm_scratch", *map(str, args)], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=env(r)) for r in range(n)]
+
+
+@pytest.mark.parametrize("n, sent, status, said", [(1, signal.SIGTERM, 0, "asked to end by SIGTERM: saved"), (1, signal.SIGINT, 130, "stopped"), (2, signal.SIGTERM, 0, "asked to end by SIGTERM: saved")])
+def test_who_is_asked_to_end_saves_and_all_leave_after_the_same_update(untrained, n, sent, status, said):
+    with_preset(untrained, n_steps=10**6, save_every=20)
+    jobs = ranks(n, "pretrain", "--run", untrained, "--engine", "ddp" if n > 1 else "plain")
+    try:
+        while not (untrained/"checkpoints"/"000020").exists(): assert jobs[0].poll() is None; time.sleep(.05)
+        jobs[-1].send_signal(sent)
+        told = "".join(j.communicate(timeout=100)[0] for j in jobs)
+    finally: [j.kill() for j in jobs]
+    assert [j.returncode for j in jobs] == [status]*n and "Traceback" not in told, told
+    stopped = int(re.search(rf"{said} after update (\d+) of 1000000; the same command goes on from there", told)[1])
+    assert told.count("the same command goes on") == 1 and read_log(open_run(untrained))[-1]["step"] == stopped == int((untrained/"checkpoints"/"latest").read_text())
+    if n == 1: assert next(pretrain(open_run(untrained))).n == stopped+1
+
+
+def test_a_loss_that_is_no_number_keeps_its_batch_and_the_checkpoint_before(untrained, monkeypatch, finished):
+    from llm_scratch.stability import load_bad_batch
+    monkeypatch.setattr(pipeline, "wsd", lambda step, n_steps: real(step, n_steps) if step < 12 else 1e38)
+    from llm_scratch.pretraining import Batches, wsd as real
+    status, _, err = call("pretrain", "--run", untrained)
+    lines = [line for line in err.strip().splitlines() if not line.startswith("pretrain")]
+    assert status == 2 and len(lines) == 1 and "with gradient length nan" in lines[0] and str(untrained/"bad_batch") in lines[0] and "Traceback" not in err, err
+    (path,) = (untrained/"bad_batch").iterdir()
+    run = open_run(untrained)
+    bad = load_bad_batch(path)
+    assert str(path) in lines[0] and bad.step == read_log(run)[-1]["step"]+1 >= 13
+    batch = Batches(pipeline._shards(run, "train"), 64, 4, run.seed)[bad.step-1]
+    assert torch.equal(bad.ids_BT, batch[0]) and torch.equal(bad.targets_BT, batch[1])
+    assert (untrained/"checkpoints"/"latest").read_text().strip() == "000010" and not run.model.exists()
+    monkeypatch.undo()
+    assert call("pretrain", "--run", untrained)[0] == 0  # and from there the run ends as if nothing had been
+    assert sha256_file(untrained/"model"/"model.safetensors") == sha256_file(finished/"model"/"model.safetensors")
+
+
+def test_a_terminal_shows_the_view_and_a_sample(untrained):
+    import pty
+    master, slave = pty.openpty()
+    env = {k: v for k, v in os.environ.items() if k not in ("CI", "NO_COLOR", "TERM")} | dict(OMP_NUM_THREADS="1", PYTHONPATH=str(ROOT), TERM="xterm", COLUMNS="100", LINES="30")
+    child = subprocess.Popen([sys.executable, "-m", "llm_scratch", "pretrain", "--run", untrained], stdout=slave, stderr=slave, stdin=slave, env=env)
+    os.close(slave)
+    shown = b""
+    while True:
+        try: data = os.read(master, 65536)
+        except OSError: break  # the other end is closed
+        if not data: break
+        shown += data
+    assert child.wait(timeout=100) == 0
+    text = shown.decode(errors="replace")
+    assert "30 of 30" in text and "gradient" in text and "tokens/s" in text and re.search("[▁▂▃▄▅▆▇]█|█[▁▂▃▄▅▆▇]", text), text
+    frames = [re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", frame) for frame in text.split("update    ")]
+    assert any(len([line for line in frame.splitlines() if line.strip()]) > 3 for frame in frames if "20 of 30" in frame or "30 of 30" in frame), "no sample below the numbers"
+    assert f"weights in {untrained}/model" in text.replace("\r\n", "")
