@@ -45,6 +45,7 @@ MAY_IMPORT = {
     "monitoring": {"core"},
     "megatron": {"core", "architecture", "families", "interchange", "tokenization"},  # weights one way, tokens the other, and a model's folder home
     "pretraining": {"core", "checkpointing", "engines"},
+    "optimizers": {"pretraining"},
     "evaluation": {"core"},
     "pipeline": {"core", "architecture", "generation", "interchange", "llamacpp", "data", "sources", "cleaning", "privacy", "curation", "duplicates", "tokenization", "fastbpe", "infrastructure", "planning", "checkpointing", "engines", "launching", "monitoring", "pretraining", "evaluation"},
 }
