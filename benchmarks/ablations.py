@@ -5,9 +5,9 @@
     python benchmarks/ablations.py --tiny         the same in seconds, for a test: one seed, a few updates of a tiny model
     python benchmarks/ablations.py --out FILE     elsewhere than nbs/ablations.json
 
-Chapter 06b draws its table from the record. All rows of one seed read the same windows of Shakespeare in the same order. Every row, the base included, has the
-factor of its learning rates tuned by itself: doubled and halved until both neighbours are worse, on a seed that is not among those recorded. Each row is then run
-with as many tokens as the base, and, if a step of it costs another time, with as many CPU seconds: the number of its updates is divided by the ratio of costs,
+Chapter 06b draws its table from the record. All rows of one seed read the same windows of Shakespeare in the same order. The base, and every row
+whose change may ask for other learning rates, has the factor of its rates tuned by itself: doubled and halved until both neighbours are worse, on a seed that is not
+among those recorded; the other rows take the factor of the base. Each row is then run with as many tokens as the base, and, if a step of it costs another time, with as many CPU seconds: the number of its updates is divided by the ratio of costs,
 which is the median over pairs of steps, one of the row and one of the base, taken in turns.
 """
 import argparse
@@ -99,6 +99,9 @@ class Row(NamedTuple):
     make:Callable # config to model
     optimizers:Callable # model and factor to optimizers
     what:str # it is, in words
+    tune:bool=True # or take the factor of the base
+
+EXTRA = "untied head by Muon", "embedding by Muon", "SGD", "no positions", "1 round" # come last, one by one
 
 def rows(cfg:ModelConfig)->dict[str, Row]: # the base first
     squared = replace(cfg, d_ff=cfg.d_ff*3//2) # two matrices instead of three: as many weights
@@ -110,17 +113,15 @@ def rows(cfg:ModelConfig)->dict[str, Row]: # the base first
         "AdamW": Row(Decoder, adamw, "for every weight"),
         "SGD": Row(Decoder, sgd, "with Nesterov momentum, for every weight"),
         "no QK-norm": Row(partial(Decoder, block=llama_block), both, "queries and keys as they come"),
-        "squared ReLU": Row(lambda _: Decoder(squared, block=partial(Block, mlp=partial(MLP, act=squared_relu, linear=Flat))), both, "instead of SwiGLU, as many weights"),
-        "writers at random": Row(lambda cfg: start_writers(Decoder(cfg)), both, "instead of zero"),
+        "squared ReLU": Row(lambda _: Decoder(squared, block=partial(Block, mlp=partial(MLP, act=squared_relu, linear=Flat))), both, "instead of SwiGLU, as many weights", False),
         "untied head": Row(UntiedDecoder, both, "by AdamW"),
         "untied head by Muon": Row(UntiedDecoder, partial(both, evened=("matrix", "head")), "as `make_optimizers` has it"),
         "embedding by Muon": Row(Decoder, partial(both, evened=("matrix", "embedding")), "with the tied head"),
-        "1 round": Row(Decoder, partial(both, muon=partial(Muon, rounds=1)), "of the polynomial instead of 3"),
-        "5 rounds": Row(Decoder, partial(both, muon=partial(Muon, rounds=5)), "of the polynomial instead of 3"),
-        "steady momentum": Row(Decoder, partial(both, muon=Steady), ".95 from the first step instead of from .85 upwards"),
-        "weight decay": Row(Decoder, partial(both, muon=Decayed), "of .1 on the matrices"),
-        "betas .9, .95": Row(Decoder, partial(both, betas=(.9, .95)), "of AdamW, instead of .8, .95"),
-        "betas .9, .999": Row(Decoder, partial(both, betas=(.9, .999)), "of AdamW, torch's default"),
+        "1 round": Row(Decoder, partial(both, muon=partial(Muon, rounds=1)), "of the polynomial instead of 3", False),
+        "5 rounds": Row(Decoder, partial(both, muon=partial(Muon, rounds=5)), "of the polynomial instead of 3", False),
+        "steady momentum": Row(Decoder, partial(both, muon=Steady), ".95 from the first step instead of from .85 upwards", False),
+        "weight decay": Row(Decoder, partial(both, muon=Decayed), "of .1 on the matrices", False),
+        "betas .9, .999": Row(Decoder, partial(both, betas=(.9, .999)), "of AdamW, torch's default", False),
     }
 
 def still(model:Decoder)->Decoder:
@@ -156,14 +157,32 @@ def cost(row:Row, base:Row, cfg:ModelConfig, ids:np.ndarray, pairs:int)->float:
         ratios.append(took[0]/took[1])
     return round(median(ratios[3:]), 3)
 
-def tuned(loss_of:Callable[[float], float], known:dict[str, float])->float: # the best factor; fills `known`, whose keys are JSON's
+def tuned(loss_of:Callable[[float], float], known:dict[str, float], start:float)->float: # the best factor; `known` has what was tried, and `loss_of` adds to it
     "Double and halve until both neighbours of the best are worse."
     def at(factor):
-        if f"{factor:g}" not in known: known[f"{factor:g}"] = loss_of(factor)
-        return known[f"{factor:g}"]
-    best = min((1., 2., .5), key=at)
+        return known[f"{factor:g}"] if f"{factor:g}" in known else loss_of(factor)
+    best = start
     while (better := min((best, best*2, best/2), key=at)) != best: best = better
     return best
+
+def prepare(name:str, table:dict[str, Row], record:dict, cfg:ModelConfig, ids:np.ndarray, windows:np.ndarray, n_steps:int, pairs:int, out:Path)->None:
+    "Measure what a step of a row costs and find the factor of its rates."
+    row = table[name]
+    entry = record["rows"].setdefault(name, dict(what=row.what, tuned=row.tune, weights=sum(p.numel() for p in row.make(cfg).parameters()), trials={}, runs=[]))
+    if "cost" not in entry: entry["cost"] = 1. if name == "base" else cost(row, table["base"], cfg, ids, pairs)
+    def trial(factor):
+        entry["trials"][f"{factor:g}"] = loss = learn(row, cfg, ids, windows, TRIAL_SEED, factor, n_steps)["loss"]
+        write_json(out, record)
+        print(f"{name}, cost {entry['cost']}, factor {factor:g}: {loss:.4f}", flush=True)
+        return loss
+    usual = record["rows"]["base"].get("factor", 1.)
+    entry["factor"] = tuned(trial, entry["trials"], usual if row.optimizers is not sgd else 1.) if row.tune else usual
+    write_json(out, record)
+
+def steps_in_equal_time(record:dict, name:str)->int:
+    "Updates that a row can make in the CPU time of the base; differences of cost below 3 % do not count."
+    ratio = record["rows"][name]["cost"]
+    return record["n_steps"] if abs(ratio-1) < .03 else round(record["n_steps"]/ratio)
 
 def measure(cfg:ModelConfig, ids:np.ndarray, windows:np.ndarray, n_steps:int, seeds:int, pairs:int, out:Path, names:list[str]|None=None)->dict:
     "The whole record; what `out` holds already is not done again."
@@ -171,29 +190,22 @@ def measure(cfg:ModelConfig, ids:np.ndarray, windows:np.ndarray, n_steps:int, se
     about = dict(cfg=asdict(cfg), n_steps=n_steps, batch_size=BATCH, windows=len(windows), n_train=len(ids))
     record = read_json(out) if out.exists() else about | dict(machine=f"{platform.machine()} CPU, 1 thread, torch {torch.__version__.split('+')[0]}", rows={})
     if {k: record[k] for k in about} != about: raise SystemExit(f"{out} is the record of other runs: give another --out, or delete it")
-    for name, row in table.items():
-        entry = record["rows"].setdefault(name, dict(what=row.what, weights=sum(p.numel() for p in row.make(cfg).parameters()), trials={}, runs=[]))
-        if "cost" not in entry: entry["cost"] = 1. if name == "base" else cost(row, table["base"], cfg, ids, pairs)
-        def trial(factor, name=name, row=row, entry=entry):
-            loss = learn(row, cfg, ids, windows, TRIAL_SEED, factor, n_steps)["loss"]
-            print(f"{name}, cost {entry['cost']}, factor {factor:g}: {loss:.4f}", flush=True)
-            return loss
-        entry["factor"] = tuned(trial, entry["trials"])
-        write_json(out, record)
-    for seed in range(seeds):
-        for name, row in table.items():
-            entry = record["rows"][name]
-            for n in {n_steps, n_steps if abs(entry["cost"]-1) < .03 else round(n_steps/entry["cost"])}:
-                if any((r["seed"], r["n_steps"]) == (seed, n) for r in entry["runs"]): continue
-                entry["runs"].append(learn(row, cfg, ids, windows, seed, entry["factor"], n))
-                write_json(out, record)
-                print(f"{name}, seed {seed}, {n} steps: {entry['runs'][-1]['loss']:.4f}", flush=True)
+    for part in ([n for n in table if n not in EXTRA], *([n] for n in EXTRA if n in table)):
+        for name in part: prepare(name, table, record, cfg, ids, windows, n_steps, pairs, out)
+        for seed in range(seeds):
+            for name in part:
+                entry = record["rows"][name]
+                for n in sorted({n_steps, steps_in_equal_time(record, name)}):
+                    if any((r["seed"], r["n_steps"]) == (seed, n) for r in entry["runs"]): continue
+                    entry["runs"].append(learn(table[name], cfg, ids, windows, seed, entry["factor"], n))
+                    write_json(out, record)
+                    print(f"{name}, seed {seed}, {n} steps: {entry['runs'][-1]['loss']:.4f}", flush=True)
     return record
 
 def paired(record:dict, name:str, equal:str)->tuple[float, float, float]: # how much worse than the base, half of its 95 % interval, mean loss; nats per character
     "Differences seed by seed, at as many tokens or as many CPU seconds."
     N, entry = record["n_steps"], record["rows"][name]
-    n = N if equal == "tokens" or abs(entry["cost"]-1) < .03 else round(N/entry["cost"])
+    n = N if equal == "tokens" else steps_in_equal_time(record, name)
     of = lambda entry, n: {r["seed"]: r["loss"] for r in entry["runs"] if r["n_steps"] == n}
     ours, base = of(entry, n), of(record["rows"]["base"], N)
     apart = [ours[seed]-base[seed] for seed in sorted(ours)]
