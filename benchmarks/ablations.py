@@ -115,7 +115,7 @@ def rows(cfg:ModelConfig)->dict[str, Row]: # the base first
         "no QK-norm": Row(partial(Decoder, block=llama_block), both, "queries and keys as they come"),
         "squared ReLU": Row(lambda _: Decoder(squared, block=partial(Block, mlp=partial(MLP, act=squared_relu, linear=Flat))), both, "instead of SwiGLU, as many weights", False),
         "untied head": Row(UntiedDecoder, both, "by AdamW"),
-        "untied head by Muon": Row(UntiedDecoder, partial(both, evened=("matrix", "head")), "as `make_optimizers` has it"),
+        "untied head by Muon": Row(UntiedDecoder, partial(both, evened=("matrix", "head")), "as `make_optimizers` has it", False),
         "embedding by Muon": Row(Decoder, partial(both, evened=("matrix", "embedding")), "with the tied head"),
         "1 round": Row(Decoder, partial(both, muon=partial(Muon, rounds=1)), "of the polynomial instead of 3", False),
         "5 rounds": Row(Decoder, partial(both, muon=partial(Muon, rounds=5)), "of the polynomial instead of 3", False),
