@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['QUINTIC', 'sgd_move', 'ByRule', 'SGD', 'adamw_move', 'AdamW', 'newton_schulz', 'reach', 'muon_move', 'FullMuon',
-           'weight_kinds', 'weight_groups', 'decay_groups', 'make_by_kind', 'state_bytes', 'muon_flops']
+           'weight_kinds', 'weight_groups', 'decay_groups', 'make_by_kind', 'remembered_bytes', 'muon_flops']
 
 # %% ../nbs/06b_optimizers.ipynb #o06bximports
 from collections.abc import Callable, Iterable
@@ -229,7 +229,7 @@ def make_by_kind(
     return [muon, adamw]
 
 # %% ../nbs/06b_optimizers.ipynb #o06bxcost
-def state_bytes(
+def remembered_bytes(
     optimizer:torch.optim.Optimizer, # that has made a step
 )->int: # bytes
     "Memory that an optimizer keeps from step to step, beside weights and gradients."

@@ -23,7 +23,7 @@ from llm_scratch.architecture import Block, Decoder, ModelConfig, SwiGLU
 from llm_scratch.families import GPT2, MLP, BareEncoder, Encoder, EncoderDecoder, MoE, UntiedDecoder, UntiedEncoderDecoder, llama_block
 from llm_scratch.inside import Recurrent
 from llm_scratch.optimizers import (SGD, AdamW, ByRule, FullMuon, adamw_move, decay_groups, make_by_kind, muon_flops, muon_move, newton_schulz, reach, sgd_move,
-                                    state_bytes, weight_groups, weight_kinds)
+                                    remembered_bytes, weight_groups, weight_kinds)
 from llm_scratch.pretraining import Batches, Muon, TrainState, make_optimizers, train
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -201,7 +201,7 @@ def test_memory_is_counted():
         opt = make(weights)
         for p in weights: p.grad = torch.ones_like(p)
         opt.step()
-        assert state_bytes(opt) == want
+        assert remembered_bytes(opt) == want
 
 
 # --- which get which --------------------------------------------------------------------------------------------------------
