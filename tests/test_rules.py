@@ -49,6 +49,7 @@ MAY_IMPORT = {
     "rates": {"core", "architecture", "pretraining"},
     "stability": {"core", "checkpointing", "engines", "monitoring", "pretraining"},
     "watching": {"pretraining"},  # what an update says of itself
+    "optimizers": {"pretraining"},
     "evaluation": {"core"},
     "pipeline": {"core", "architecture", "generation", "interchange", "llamacpp", "data", "sources", "cleaning", "privacy", "curation", "duplicates", "tokenization", "fastbpe", "infrastructure", "planning", "checkpointing", "engines", "launching", "monitoring", "pretraining", "rates", "stability", "watching", "evaluation"},
 }
