@@ -63,12 +63,6 @@ class Decayed(Muon):
             for p in group["params"]: p.mul_(1 - .1*group["lr"])
         super().step()
 
-class SteadySGD(SGD):
-    "SGD whose momentum is .9, whatever the loop says."
-    def step(self):
-        for group in self.param_groups: group["momentum"] = .9
-        super().step()
-
 def squared_relu(x:torch.Tensor)->torch.Tensor: return F.relu(x).square()
 
 def start_writers(model:nn.Module)->nn.Module:
@@ -92,7 +86,7 @@ def both(model:nn.Module, factor:float, *, muon:Callable=Muon, betas:tuple=(.8, 
 def adamw(model:nn.Module, factor:float, betas:tuple=(.9, .95), decay:float=0.)->list:
     return remembered(torch.optim.AdamW(decay_groups(model, decay), lr=.01*factor, betas=betas, fused=True))
 
-def sgd(model:nn.Module, factor:float)->list: return remembered(SteadySGD(model.parameters(), lr=.25*factor, momentum=.9, nesterov=True))
+def sgd(model:nn.Module, factor:float)->list: return remembered(SGD(model.parameters(), lr=.25*factor, momentum=.9, nesterov=True))
 
 class Row(NamedTuple):
     "One line of the table."

@@ -208,9 +208,10 @@ class NotFinite(UserError):
 # %% ../nbs/06_pretraining.ipynb #0a6ch6update
 def _set_rates(state:TrainState, factor:float)->None:
     "Scale every learning rate, and let Muon's momentum grow from .85 to .95 over 300 steps (Jordan et al. 2024)."
-    for group in (g for opt in state.optimizers for g in opt.param_groups):
-        group["lr"] = group["initial_lr"]*factor
-        if "momentum" in group: group["momentum"] = .85 + .1*min(state.step/300, 1)
+    for opt in state.optimizers:
+        for group in opt.param_groups:
+            group["lr"] = group["initial_lr"]*factor
+            if isinstance(opt, Muon): group["momentum"] = .85 + .1*min(state.step/300, 1)
 
 def _check_clipping(state:TrainState, max_norm:float, max_value:float)->None:
     "Refuse bounds that make no sense, or that the engine cannot keep."

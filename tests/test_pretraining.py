@@ -394,3 +394,13 @@ def test_the_format_of_checkpoints_is_what_it_was(tmp_path):
     assert load_file(path/"rng.safetensors").keys() == {"rng"} and {"model.out.weight", "optimizer.out.weight.velocity"} <= load_file(path/"state.safetensors").keys()
     parts = save_shards(_train(_state(), 2), tmp_path/"parts", ABOUT)
     assert sorted(p.name for p in parts.iterdir()) == ["manifest.json", "rng.safetensors", "shards", "state.json"] and json.loads((parts/"state.json").read_text())["form"] == "torch"
+
+
+def test_only_muon_s_momentum_grows():
+    "Other optimizers have a momentum too, and it is their owner's."
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Embedding(8, 4), nn.Linear(4, 8))
+    optimizers = [Muon([model[1].weight]), torch.optim.SGD([model[0].weight, model[1].bias], lr=.1, momentum=.3)]
+    for group in (g for opt in optimizers for g in opt.param_groups): group["initial_lr"] = group["lr"]
+    update(TrainState(model, optimizers), torch.zeros(1, 4, dtype=torch.long), torch.zeros(1, 4, dtype=torch.long))
+    assert [opt.param_groups[0]["momentum"] for opt in optimizers] == [.85, .3]
