@@ -227,7 +227,7 @@ def worth_of_repeats(
     unique:float, # of them, before they come again; `math.inf` repeats nothing
     decay:float=15.4, # repeats after which a repeat is worth 1/e of a fresh token (Muennighoff et al. 2023, their fit)
 )->float|np.ndarray: # never more than `tokens`
-    "As how many fresh tokens the tokens count (Muennighoff et al. 2023, equation 5)."
+    "As how many fresh tokens the tokens count (Muennighoff et al. 2023, section 3)."
     again = np.maximum(tokens/unique - 1, 0)
     return np.minimum(tokens, unique)*(1 + decay*(1 - np.exp(-again/decay)))
 
