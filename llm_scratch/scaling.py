@@ -155,7 +155,7 @@ def band(
     low,high = np.quantile(np.asarray(values, dtype=float), [(1-share)/2, (1+share)/2], axis=0)
     return (low, high) if np.ndim(low) else (float(low), float(high))
 
-# %% ../nbs/06e_scaling.ipynb #p6e00046
+# %% ../nbs/06e_scaling.ipynb #p6e00048
 def isoflop(
     curves:dict[float, tuple[Sequence[float], Sequence[float]]], # size to the tokens of its runs, rising, and their losses
     per_token:dict[float, float], # size to FLOP per token
@@ -181,7 +181,7 @@ def valley(
     lowest = math.exp(min(700, -slope/(2*curve))) if curve > 0 else math.nan
     return lowest if min(x) <= lowest <= max(x) else math.nan
 
-# %% ../nbs/06e_scaling.ipynb #p6e00051
+# %% ../nbs/06e_scaling.ipynb #p6e00053
 def frontier(
     law:Law, # of size and tokens
     flops:float|np.ndarray, # to spend on training
@@ -193,7 +193,7 @@ def frontier(
     weights = G*product_**(law.b/(law.a + law.b))
     return weights, product_/weights
 
-# %% ../nbs/06e_scaling.ipynb #p6e00055
+# %% ../nbs/06e_scaling.ipynb #p6e00057
 @dataclass(frozen=True)
 class Forecast:
     "What a law expects of runs that have not been made."
@@ -221,7 +221,7 @@ def forecast(
     luck_L = np.exp(np.random.default_rng(seed).choice(np.asarray(errors), (len(laws), n_runs))).mean(1)
     return Forecast(weights, tokens, float(law.loss(weights, tokens)), band(expected_L, share), band(expected_L*luck_L, share), n_runs, share)
 
-# %% ../nbs/06e_scaling.ipynb #p6e00064
+# %% ../nbs/06e_scaling.ipynb #p6e00066
 def worth_of_repeats(
     tokens:float|np.ndarray, # that are read, repeated ones included
     unique:float, # of them, before they come again; `math.inf` repeats nothing
@@ -231,7 +231,7 @@ def worth_of_repeats(
     again = np.maximum(tokens/unique - 1, 0)
     return np.minimum(tokens, unique)*(1 + decay*(1 - np.exp(-again/decay)))
 
-# %% ../nbs/06e_scaling.ipynb #p6e00067
+# %% ../nbs/06e_scaling.ipynb #p6e00069
 @dataclass(frozen=True)
 class BudgetPlan:
     "What a budget should buy, and how sure that is."

@@ -122,6 +122,19 @@ def test_descents_end_no_higher_than_they_begin_and_most_agree():
     assert_allclose(np.exp(_surface(start, np.zeros(1), np.zeros(1))[0]), np.exp(y.mean())) # all agree in the middle
 
 
+def test_the_best_of_all_descents_is_taken(monkeypatch):
+    import llm_scratch.scaling as module
+    real = module._descend
+    def with_a_stray(p, n, d, y, count, *rest): # every second descent ends badly
+        ends, cost = real(p, n, d, y, count, *rest)
+        ends[1::2] += 1
+        return ends, cost + 1.*(np.arange(len(cost))%2)
+    best, drawn_well = fit_law(N, D, noisy()), bootstrap_laws(N, D, noisy(), 5)
+    monkeypatch.setattr(module, "_descend", with_a_stray)
+    assert fit_law(N, D, noisy()).loss(N, D) == pytest.approx(best.loss(N, D), rel=1e-6)
+    for law, again in zip(drawn_well, bootstrap_laws(N, D, noisy(), 5), strict=True): assert_allclose(again.loss(N, D), law.loss(N, D), rtol=5e-3)
+
+
 def test_one_bad_run_does_not_pull_the_law_to_itself():
     loss = noisy()
     good, spoiled = fit_law(N, D, loss), loss.copy()
