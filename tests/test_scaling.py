@@ -122,6 +122,14 @@ def test_descents_end_no_higher_than_they_begin_and_most_agree():
     assert_allclose(np.exp(_surface(start, np.zeros(1), np.zeros(1))[0]), np.exp(y.mean())) # all agree in the middle
 
 
+def test_no_round_of_a_descent_makes_things_worse():
+    loss = noisy(spread=.05)
+    n, d, y = np.log(N)-np.log(N).mean(), np.log(D)-np.log(D).mean(), np.log(loss)
+    ways = [_descend(_starts(y), n, d, y, np.ones((54, len(y))), 1e-3, rounds)[1] for rounds in range(25)]
+    for earlier, later in zip(ways, ways[1:]): assert (later <= earlier).all()
+    assert ways[-1].sum() < .5*ways[0].sum()
+
+
 def test_the_best_of_all_descents_is_taken(monkeypatch):
     import llm_scratch.scaling as module
     real = module._descend
@@ -199,7 +207,7 @@ def test_forecasts():
     sure, one, many = forecast(law, more, 1e6, 5e6, [0.]), forecast(law, more, 1e6, 5e6, errors*5), forecast(law, more, 1e6, 5e6, errors*5, n_runs=100)
     assert sure.loss == law.loss(1e6, 5e6) and sure.mean_band == sure.law_band == band([x.loss(1e6, 5e6) for x in more])
     size = lambda ends: ends[1]-ends[0]
-    assert size(one.mean_band) > size(many.mean_band) and size(one.mean_band) > 1.5*size(one.law_band) and one.law_band == sure.law_band
+    assert size(many.mean_band) < 1.4*size(many.law_band) and size(one.mean_band) > 1.5*size(one.law_band) and one.law_band == sure.law_band
     assert forecast(law, more, 1e6, 5e6, [.1]*3, n_runs=2).mean_band == pytest.approx([x*math.exp(.1) for x in sure.law_band])
     assert size(forecast(law, more, 1e6, 5e6, errors, share=.5).law_band) < size(sure.law_band)
     assert (one.weights, one.tokens, one.n_runs, one.share) == (1e6, 5e6, 1, .95)
@@ -325,7 +333,7 @@ def test_the_prediction_is_what_the_recorded_grid_says(record):
 
 
 def test_the_trial_is_outside_the_grid_and_no_byte_comes_twice(record):
-    assert len(record["trial"]) >= 2 and len({r["seed"] for r in record["trial"]}) == len(record["trial"])
+    assert record["trial"] and len({r["seed"] for r in record["trial"]}) == len(record["trial"])
     assert {(r["weights"], r["n_tokens"]) for r in record["trial"]} == {(record["prediction"]["forecasts"][0]["weights"], record["prediction"]["forecasts"][0]["tokens"])}
     assert all(r["epochs"] < 1 for r in record["grid"] + record["trial"])
     assert len({r["seed"] for r in record["grid"]}) == len(record["grid"]) # independent
@@ -337,9 +345,9 @@ def test_the_script_trains_all_stages_once_and_predicts_first(tmp_path, capsys):
     laws_script.main(["--tiny", "--out", str(out)])
     text = out.read_text(encoding="utf-8")
     made = json.loads(text)
-    assert [len(made[s]) for s in ("rates", "grid", "trial", "exceptions")] == [2, 8, 2, 6] and made["prediction"]["times_compute"] > 2
+    assert [len(made[s]) for s in ("rates", "grid", "trial", "exceptions")] == [2, 11, 2, 6] and made["prediction"]["times_compute"] > 2
     assert all(math.isfinite(r["loss"]) for s in ("rates", "grid", "trial", "exceptions") for r in made[s])
-    assert len({r["loss"] for r in made["grid"]}) == 8 and [r["epochs"] > 1.9 for r in made["exceptions"][:2]] == [True, False]
+    assert len({r["loss"] for r in made["grid"]}) == 11 == made["prediction"]["n_runs"] and [r["epochs"] > 1.9 for r in made["exceptions"][:2]] == [True, False]
     capsys.readouterr()
     laws_script.main(["--tiny", "--only", "grid", "trial", "--out", str(out)])
     assert capsys.readouterr().out == "" and out.read_text(encoding="utf-8") == text # nothing was trained again
