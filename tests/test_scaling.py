@@ -49,6 +49,7 @@ def test_a_width_that_heads_do_not_fit(width, fits):
     with pytest.raises(ValueError, match=f"width={width} .* give {fits}$"): one_dial(width, 10, 10)
 
 
+@settings(max_examples=50, deadline=None)
 @given(st.floats(-3, 3), st.floats(.01, 100))
 def test_a_power_is_found(exponent, factor):
     x = np.array([1., 7, 20, 900])
@@ -68,13 +69,14 @@ def test_the_terms_of_a_law():
     assert law.loss(16, 1) == pytest.approx(1+2+27)
 
 
+@settings(max_examples=50, deadline=None)
 @given(st.floats(1e-4, 2), st.lists(st.floats(-5, 5), min_size=1, max_size=20))
 def test_huber_equals_pytorch(delta, errors):
     theirs = torch.nn.functional.huber_loss(torch.tensor(errors, dtype=torch.float64), torch.zeros(len(errors), dtype=torch.float64), delta=delta, reduction="none")
     assert_allclose(huber(np.array(errors), delta), theirs.numpy(), rtol=1e-12, atol=1e-15)
 
 
-@settings(max_examples=30)
+@settings(max_examples=30, deadline=None)
 @given(st.lists(st.floats(-1.5, 1.5), min_size=5, max_size=5))
 def test_slopes_are_those_of_finite_differences(p):
     p, n, d, h = np.array([p]), np.array([-2., 0, 1.5]), np.array([1., -1, .2]), 1e-6
@@ -216,7 +218,7 @@ def test_forecasts():
 
 # --- budgets -------------------------------------------------------------------------------------------------------
 
-@settings(max_examples=30)
+@settings(max_examples=30, deadline=None)
 @given(laws, st.floats(1e8, 1e20), st.sampled_from([6., 9.]))
 def test_the_frontier_is_what_trying_finds(law, flops, per):
     best, tokens = frontier(law, flops, per)
@@ -242,6 +244,7 @@ def test_isoflop_reads_between_runs_only():
     assert isoflop(curves, per, 40)[0].tolist() == [100, 200, 300] and isoflop(curves, per, 41)[0].tolist() == [] and isoflop(curves, per, 9)[0].tolist() == []
 
 
+@settings(max_examples=50, deadline=None)
 @given(st.floats(2, 500), st.floats(.1, 5))
 def test_a_valley_is_found(bottom, curve):
     x = np.array([1., 10, 100, 1000])
@@ -254,6 +257,7 @@ def test_where_there_is_no_valley():
     assert math.isnan(valley(x[:2], [1., 2.])) and math.isnan(valley([], []))
 
 
+@settings(max_examples=50, deadline=None)
 @given(st.floats(1, 1e9), st.floats(1, 1e9), st.floats(1, 50))
 def test_what_repeats_are_worth(tokens, unique, decay):
     worth = worth_of_repeats(tokens, unique, decay)
