@@ -101,9 +101,9 @@ def careful_update(
     "`update`, which looks at loss and gradient before it moves a weight; `NotFinite` when they are no numbers."
     for opt in state.optimizers: opt.zero_grad()
     loss,n = add_gradients(state.model, ids_BT, targets_BT, n_micro, state.engine)
-    if limit < math.inf and math.isfinite(loss):
+    if limit < math.inf:
         norm = gradient_length(state.model)
-        if math.isfinite(norm) and state.engine.share(guard.judge(loss, norm) > limit): return None # one process decides for all
+        if math.isfinite(loss+norm) and state.engine.share(guard.judge(loss, norm) > limit): return None # one process decides for all
     _set_rates(state, factor)
     norm = state.engine.step(state.model, state.optimizers, max_norm, max_value) if math.isfinite(loss) else math.nan
     if not math.isfinite(loss+norm): raise NotFinite(state.step+1, loss, norm, ids_BT, targets_BT)
@@ -243,7 +243,7 @@ def _largest(xs:list[torch.Tensor])->float:
     return max((uncut(x.detach()).float().nan_to_num(0, 0, 0).abs().max().item() for x in xs), default=0.)
 
 def _culprit(name:str, moment:str, module:nn.Module, bad:torch.Tensor, given:list[torch.Tensor])->Culprit:
-    wrong = [n for n,p in module.named_parameters(recurse=moment == "arithmetic") if not uncut(p.detach()).isfinite().all()]
+    wrong = [n for n,p in module.named_parameters() if not uncut(p.detach()).isfinite().all()]
     return Culprit(name, moment, _bad_rows(bad), len(bad), wrong, _largest(given), bad.dtype)
 
 def find_nonfinite(
@@ -258,9 +258,9 @@ def find_nonfinite(
     modules = {name:m for m,name in names.items()}
     def before(m:nn.Module, given:tuple)->None: # bad already: made by the module around it
         around = names[m].rpartition(".")[0]
-        found.extend(_culprit(around, "arithmetic", modules[around], x, _tensors(given)) for x in _tensors(given) if not found and not x.detach().isfinite().all())
+        found.extend(_culprit(around, "arithmetic", modules[around], x, _tensors(given)) for x in _tensors(given) if not x.detach().isfinite().all())
     def after(m:nn.Module, given:tuple, made:object)->None:
-        found.extend(_culprit(names[m], "output", m, x, [*_tensors(given), *m.parameters(recurse=False)]) for x in _tensors(made) if not found and not x.detach().isfinite().all())
+        found.extend(_culprit(names[m], "output", m, x, [*_tensors(given), *m.parameters(recurse=False)]) for x in _tensors(made) if not x.detach().isfinite().all())
         outputs.extend((names[m], x) for x in _tensors(made) if x.requires_grad)
     for m in modules.values(): hooks += [m.register_forward_pre_hook(before), m.register_forward_hook(after)]
     try: logits_BTV = engine.forward(model, ids_BT)
