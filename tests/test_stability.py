@@ -444,6 +444,16 @@ def test_noise_is_measured_without_a_trace_and_the_whole_is_the_batch():
     assert a == b
 
 
+def test_dropout_does_not_see_that_noise_was_measured():
+    state = fresh()
+    state.model.norm.register_forward_hook(lambda m, given, out: nn.functional.dropout(out, .1))
+    rng = torch.get_rng_state()
+    measure_noise(state, *PLAIN[0], 2)
+    assert torch.equal(rng, torch.get_rng_state())
+    state.model(PLAIN[0][0])
+    assert not torch.equal(rng, torch.get_rng_state())
+
+
 @pytest.mark.parametrize("n", [1, 9])
 def test_pieces_that_cannot_be(n):
     with pytest.raises(ValueError, match=f"n_micro={n} pieces of 8 sequences"): measure_noise(fresh(), *PLAIN[0], n)
