@@ -95,7 +95,7 @@ def prepare(texts:dict, tok, n_steps:int, seed:int)->tuple[Setting, dict]: # and
     chosen, sources = choose(texts, int(1.6*n_steps*B*T), tok, seed)
     docs = [np.array([tok.eot_id, *tok.encode(t)]) for t in chosen]
     s = Setting(seed, np.concatenate(docs).astype(np.uint16), np.array([len(d) for d in docs]), sources, {}, n_steps)
-    reference, seconds, _ = learn(REFERENCE, in_order(s, None, lambda x: 1.), partial(wsd, n_steps=n_steps, warmup=WARMUP), n_steps, 1000+seed)
+    reference, seconds, _ = learn(REFERENCE, in_order(s, None, lambda x: 1.), partial(wsd, n_steps=n_steps, warmup=min(WARMUP, n_steps)), n_steps, 1000+seed)
     start = time.process_time()
     s.scores["surprise"] = doc_surprise(docs, partial(token_nats, reference))
     seconds += time.process_time()-start
@@ -142,14 +142,14 @@ def plan(n_steps:int, more:int)->list[dict]:
 def run(s:Setting, what:dict, held:dict, tok)->dict:
     "Train one decoder as `plan` says; bits per byte halfway and at the end."
     n, cfg = what.get("n_steps", s.n_steps), CFG
-    lr_at = partial(wsd, n_steps=n, warmup=WARMUP) if what["rate"] == "decay" else constant
+    lr_at = partial(wsd, n_steps=n, warmup=min(WARMUP, n)) if what["rate"] == "decay" else constant
     if what["kind"] == "windows":
         cfg = replace(CFG, context_len=LONG)
         batches = Ordered(s.row, LONG, B*T//LONG, np.random.default_rng(s.seed).permutation((len(s.row)-1)//LONG))
         if what["name"] != "full length": batches = Shortened(batches, partial(doubling, n_steps=n, first=16, last=LONG))
     elif what["kind"] == "batch":
         batches = Grown(replace(in_order(s, None, lambda x: 1.), batch_size=B//2), what["counts"])
-        n, lr_at = len(batches), lambda step: wsd(s.n_steps*batches.progress(step), s.n_steps, warmup=WARMUP)
+        n, lr_at = len(batches), lambda step: wsd(s.n_steps*batches.progress(step), s.n_steps, warmup=min(WARMUP, s.n_steps))
     else:
         scores = s.scores.get(what.get("score"))
         if what.get("within"): scores = rank_within(scores, s.sources)

@@ -162,7 +162,7 @@ def our_run(text:Text, r:Recipe, seed:int)->tuple[nn.Module, float, float]: # mo
     start = time.process_time()
     with quick_products(r.context_len):
         state = TrainState(model, make_optimizers(model, r.lr))
-        for step in train(state, Batches(text.train, r.context_len, r.batch_size, seed), partial(wsd, n_steps=r.n_steps, warmup=r.warmup, decay=r.decay), r.n_steps): pass
+        for step in train(state, Batches(text.train, r.context_len, r.batch_size, seed), partial(wsd, n_steps=r.n_steps, warmup=min(r.warmup, r.n_steps), decay=r.decay), r.n_steps): pass
     return model,time.process_time()-start,step.loss
 
 # --- the rows ----------------------------------------------------------------------------------------------------

@@ -262,7 +262,7 @@ def test_the_recipe_by_kind_is_that_of_chapter_06_when_the_head_is_tied():
     assert not torch.equal(trained(make_by_kind, UntiedDecoder)[1], trained(make_optimizers, UntiedDecoder)[1])
 
 
-@pytest.mark.parametrize("make", [partial(SGD, lr=.3), partial(AdamW, lr=.01, betas=(.9, .95))], ids=["SGD", "AdamW"])
+@pytest.mark.parametrize("make", [partial(SGD, lr=.3, momentum=.9), partial(AdamW, lr=.01, betas=(.9, .95))], ids=["SGD", "AdamW"])
 def test_the_loop_learns_with_ours(make):
     def optimizers(model):
         opt = make(model.parameters())
