@@ -142,7 +142,7 @@ def loss_svg(
     line = " ".join(f"{x(n):.1f},{y(loss):.1f}" for n,loss in points)
     said = "".join(f'<text x="{at}" y="{up}" text-anchor="{side}">{t}</text>' for at,up,side,t in
                    ((36, 16, "end", f"{high:.2f}"), (36, height-18, "end", f"{low:.2f}"), (40, height-4, "start", f"{p.first:,}"), (width-10, height-4, "end", f"{p.n_steps:,} updates")))
-    return (f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" width="{width}" role="img" aria-label="loss" font-family="sans-serif" font-size="11" fill="currentColor">'
+    return (f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" width="{width}" style="max-width:100%;height:auto" role="img" aria-label="loss" font-family="sans-serif" font-size="11" fill="currentColor">'
             f'<path d="M40 8V{height-18}H{width-10}" fill="none" stroke="currentColor" opacity=".4"/><polyline points="{line}" fill="none" stroke="#b5651d" stroke-width="1.5"/>{said}</svg>')
 
 def progress_html(

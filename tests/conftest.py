@@ -11,3 +11,10 @@ signal.signal(signal.SIGINT, signal.default_int_handler) # a shell that starts u
 def same_chance():
     "New models draw from torch's global generator: a test must not depend on which tests ran before it."
     torch.manual_seed(0)
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items):
+    "The tests of a file share one process, and with it what they have prepared; chapters prepare nothing, so that each goes where there is room."
+    for item in items:
+        if item.path.name != "test_chapters.py": item.add_marker(pytest.mark.xdist_group(item.path.stem))
