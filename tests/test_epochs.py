@@ -155,6 +155,13 @@ def test_what_may_be_noise_counts_neither_way():
     assert EarlyStop(1, min_delta=.2, mark=3.).judge(1, 2.9, stderr=.04).is_over  # surely less than was asked for
 
 
+def test_the_state_is_plain_whatever_was_given():
+    stop = EarlyStop(2)
+    for step, loss in enumerate((3., 2., 2.5)): stop = stop.judge(np.int64(step), np.float32(loss), np.float64(.1))
+    assert json.loads(json.dumps(asdict(stop))) == asdict(stop) and stop.waited == 1
+    assert judged(EarlyStop(2), [torch.tensor(3.), torch.tensor(2.)]).best == 2
+
+
 @given(losses, st.integers(1, 4), st.floats(0, .5), st.floats(0, .2))
 @some()
 def test_laws_of_stopping(seen, patience, min_delta, stderr):
@@ -175,6 +182,9 @@ def test_early_stop_refuses_what_makes_no_sense():
         with pytest.raises(ValueError, match="patience is at least 1, min_delta at least 0"): EarlyStop(**wrong)
     for loss, stderr in ((math.nan, 0.), (math.inf, 0.), (3., -1.), (3., math.nan), (3., math.inf)):
         with pytest.raises(ValueError, match="at step 7 is no measurement"): EarlyStop().judge(7, loss, stderr)
+
+
+def test_keep_is_the_best_and_the_last(): assert EarlyStop(best_step=4).keep([2, 4, 6, 8]) == {4, 8}
 
 
 def test_the_best_and_the_last_checkpoint_stay_and_a_killed_run_ends_the_same(tmp_path):
