@@ -45,6 +45,7 @@ MAY_IMPORT = {
     "monitoring": {"core"},
     "megatron": {"core", "architecture", "families", "interchange", "tokenization"},  # weights one way, tokens the other, and a model's folder home
     "pretraining": {"core", "checkpointing", "engines"},
+    "epochs": {"architecture", "generation"},  # a model that continues its own training text
     "curriculum": set(),
     "rates": {"core", "architecture", "pretraining"},
     "stability": {"core", "checkpointing", "engines", "monitoring", "pretraining"},
