@@ -1,15 +1,15 @@
 // Open a notebook in JupyterLab, run all its cells, and press the right arrow on its first slider, or a button, when asked to; every other address is refused.
 //
-//     node tests/lab.mjs URL [--presses N --until TEXT] [--click LABEL --until TEXT] [--interrupt --until TEXT]
+//     node tests/lab.mjs URL [--presses N --until TEXT] [--click LABEL --after TEXT --until TEXT] [--interrupt --after TEXT --until TEXT]
 //
 // URL is that of the notebook, with its token. Prints one line of JSON: { cells, saw, problems }, where saw tells whether TEXT appeared before and after
-// the presses. A button is clicked, or the kernel interrupted, while the cells still run; saw then tells whether they ran before, and whether TEXT appeared. Leaves with status 1 when there are problems; what cells show is for the caller to judge. CHROMIUM names the browser.
+// the presses. A button is clicked, or the kernel interrupted, when the TEXT of --after is there and the cells still run; saw then tells whether they ran before, and whether TEXT appeared. Leaves with status 1 when there are problems; what cells show is for the caller to judge. CHROMIUM names the browser.
 import { createRequire } from 'node:module';
 import { parseArgs } from 'node:util';
 
 const { chromium } = createRequire(new URL('../docs/package.json', import.meta.url))('playwright-core'); // from docs/node_modules
-const { values: { presses, until, click, interrupt }, positionals: [url] } = parseArgs({ allowPositionals: true, options: {
-  presses: { type: 'string', default: '0' }, until: { type: 'string' }, click: { type: 'string' }, interrupt: { type: 'boolean', default: false } } });
+const { values: { presses, until, click, interrupt, after }, positionals: [url] } = parseArgs({ allowPositionals: true, options: {
+  presses: { type: 'string', default: '0' }, until: { type: 'string' }, click: { type: 'string' }, after: { type: 'string' }, interrupt: { type: 'boolean', default: false } } });
 const limit = 60000, report = { cells: [], saw: [], problems: [] };
 const problem = what => report.problems.push(what);
 
@@ -63,7 +63,7 @@ const runs = page => page.evaluate(() => Promise.race([window.allRun.then(() => 
 async function intervene(page) { // while the cells run
   const text = page.locator('.jp-OutputArea-output').getByText(until), button = page.locator('.jp-OutputArea-output').getByRole('button', { name: click });
   if (click) await button.waitFor();
-  await page.waitForTimeout(1500); // well into the loop
+  await page.locator('.jp-OutputArea-output').getByText(after).waitFor();
   report.saw.push(await runs(page));
   if (click) await button.click();
   else await page.evaluate(() => window.jupyterapp.commands.execute('notebook:interrupt-kernel'));

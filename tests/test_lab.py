@@ -152,7 +152,10 @@ from llm_scratch.pretraining import Step
 from llm_scratch.watching import NotebookView
 def updates():
     try:
-        for n in range(1, 601): time.sleep(.1); yield Step(n, 2., 1., .5, 100)
+        for n in range(1, 601):
+            time.sleep(.1)
+            if n == 5: print("well into it")
+            yield Step(n, 2., 1., .5, 100)
     except GeneratorExit: print("saved after", n, "of 600")
 view = NotebookView(600)
 display(view)
@@ -164,7 +167,7 @@ print("left by", view.stopped_by, "at", step.n, "says", view.button.description)
 def test_a_running_loop_is_stopped_between_two_updates(lab, how):
     "The button needs a kernel with subshells; the interrupt needs nothing."
     write(lab.folder/"loop.ipynb", LOOP)
-    report = lab("loop.ipynb", *how, "--until", "saved after")
+    report = lab("loop.ipynb", *how, "--after", "well into it", "--until", "saved after")
     assert report["problems"] == [] and failures(report["cells"]) == []
     assert report["saw"] == [True, True], "it ran before, and then it was saved"
     said = "".join(out.get("text", "") for c in report["cells"] for out in c["outputs"])
