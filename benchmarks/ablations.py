@@ -18,7 +18,7 @@ from collections.abc import Callable
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
-from statistics import mean, median, stdev
+from statistics import mean, median
 from typing import NamedTuple
 
 import numpy as np
@@ -31,7 +31,7 @@ sys.path.insert(0, str(ROOT)) # this checkout, whichever is installed
 from llm_scratch.architecture import Attention, Block, Decoder, Flat, ModelConfig, RMSNorm  # noqa: E402
 from llm_scratch.core import read_json, write_json  # noqa: E402
 from llm_scratch.data import load_corpus, split_corpus, tiny_corpus  # noqa: E402
-from llm_scratch.evaluation import token_nats  # noqa: E402
+from llm_scratch.evaluation import half_width, token_nats  # noqa: E402
 from llm_scratch.families import GPT2, MLP, UntiedDecoder, llama_block  # noqa: E402
 from llm_scratch.optimizers import SGD, decay_groups, weight_groups  # noqa: E402
 from llm_scratch.pretraining import Batches, Muon, TrainState, train, update, wsd  # noqa: E402
@@ -39,7 +39,6 @@ from llm_scratch.pretraining import Batches, Muon, TrainState, train, update, ws
 SIZES = dict(context_len=64, n_layers=4, n_heads=4, n_kv_heads=4, d_model=64, d_ff=168, d_head=16)
 BATCH, STEPS, WINDOWS, TRIAL_SEED = 16, 200, 640, 99
 RATES = dict(embedding=.01, head=.004, rest=.02) # those of `make_by_kind`
-T_95 = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776} # Student's t by number of seeds, two-sided 95 %
 
 # --- the variants: lesson code, none of it in the library ----------------------------------------------------------------
 
@@ -203,7 +202,7 @@ def paired(record:dict, name:str, equal:str)->tuple[float, float, float]: # how 
     of = lambda entry, n: {r["seed"]: r["loss"] for r in entry["runs"] if r["n_steps"] == n}
     ours, base = of(entry, n), of(record["rows"]["base"], N)
     apart = [ours[seed]-base[seed] for seed in sorted(ours)]
-    return mean(apart), (T_95[len(apart)]*stdev(apart)/len(apart)**.5 if len(apart) > 1 else float("nan")), mean(ours.values())
+    return mean(apart), (half_width(apart) if len(apart) > 1 else float("nan")), mean(ours.values())
 
 def markdown(record:dict)->str:
     lines = ["| change | loss | worse by, equal tokens | worse by, equal CPU seconds | cost of a step | factor of the rates |", "|---|---|---|---|---|---|"]

@@ -18,7 +18,7 @@ from datetime import date
 from functools import partial
 from itertools import product
 from pathlib import Path
-from statistics import mean, stdev
+from statistics import mean
 
 import numpy as np
 import torch
@@ -31,6 +31,7 @@ from llm_scratch.architecture import Decoder, ModelConfig  # noqa: E402
 from llm_scratch.core import write_json  # noqa: E402
 from llm_scratch.data import load_corpus, split_corpus  # noqa: E402
 from llm_scratch.engines import Engine  # noqa: E402
+from llm_scratch.evaluation import half_width  # noqa: E402
 from llm_scratch.pretraining import Batches, NotFinite, TrainState, make_adamw, make_optimizers, train, wsd  # noqa: E402
 
 CFG = ModelConfig(256, context_len=32, n_layers=2, n_heads=2, n_kv_heads=1, d_model=32, d_ff=64, d_head=16)
@@ -83,11 +84,10 @@ def learn(optimizer:str, clip:str, kind:str, seed:int, row:np.ndarray, held_out:
 
 def paired(record:dict, optimizer:str, clip:str, kind:str)->tuple[float, float]: # mean difference and the half-width of its 95 % interval
     "Loss with a clip minus loss without, by seed."
-    from scipy.stats import t
     of = lambda c: {r["seed"]: r["loss"] for r in record["runs"] if (r["optimizer"], r["clip"], r["kind"]) == (optimizer, c, kind)}
     a, b = of(clip), of("none")
     apart = [a[s]-b[s] for s in a]
-    return mean(apart), float(t.ppf(.975, len(apart)-1))*stdev(apart)/len(apart)**.5
+    return mean(apart), half_width(apart)
 
 def table(record:dict)->str:
     "Held-out loss without clipping, and what each clip adds to it, as Markdown."

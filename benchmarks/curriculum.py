@@ -25,9 +25,9 @@ sys.path.insert(0, str(ROOT)) # this checkout, whichever is installed
 from llm_scratch.architecture import Decoder, ModelConfig, flops_per_token, init_weights, n_params, training_flops_per_token  # noqa: E402
 from llm_scratch.core import read_json, write_json  # noqa: E402
 from llm_scratch.curriculum import (Grown, Ordered, Shortened, doc_density, doc_length, doc_rarity, doc_surprise, doubling, linear_pace, paced_order,  # noqa: E402
-                                    paired_difference, rank_agreement, rank_within, root_pace, stair_pace, window_scores)
+                                    rank_agreement, rank_within, root_pace, stair_pace, window_scores)
 from llm_scratch.data import load_corpus, split_corpus  # noqa: E402
-from llm_scratch.evaluation import bits_per_byte, token_nats  # noqa: E402
+from llm_scratch.evaluation import bits_per_byte, paired_difference, token_nats  # noqa: E402
 from llm_scratch.pretraining import TrainState, add_gradients, make_optimizers, train, wsd  # noqa: E402
 from llm_scratch.tokenization import train_bpe  # noqa: E402
 

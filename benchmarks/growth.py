@@ -23,7 +23,8 @@ from llm_scratch.architecture import Decoder, ModelConfig, init_weights, n_param
 from llm_scratch.core import write_json  # noqa: E402
 from llm_scratch.planning import Layout, peak_bytes, peak_memory  # noqa: E402
 from llm_scratch.pretraining import TrainState, make_optimizers, update  # noqa: E402
-from llm_scratch.scaling import fit_power, one_dial  # noqa: E402
+from llm_scratch.rates import fit_power  # noqa: E402
+from llm_scratch.scaling import one_dial  # noqa: E402
 
 V = 256
 AXES = dict(weights=("width", (32, 64, 96, 128, 192, 256)), context=("context", (64, 128, 256, 512, 1024, 2048)), batch=("batch", (1, 2, 4, 8, 16, 32)))

@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['power_cuts', 'together', 'agree_over', 'run_lock', 'clear_leftovers', 'saved', 'keep_last', 'keep_last_and_every',
-           'committed', 'latest', 'snapshot', 'AsyncSaver', 'check_same', 'inventory', 'best_interval']
+           'drop_checkpoint', 'committed', 'latest', 'snapshot', 'AsyncSaver', 'check_same', 'inventory',
+           'best_interval']
 
 # %% ../nbs/05c_checkpointing.ipynb #4b653a31
 import errno
@@ -228,14 +229,18 @@ def _commit(new:Path, path:Path)->None:
         pointer.write_text(path.name + "\n", encoding="utf-8")
         with atomic_path(path) as final: new.rename(final)
 
+def drop_checkpoint(
+    path:Path, # of the checkpoint
+)->None:
+    "Delete a checkpoint; it loses its name first, so that nobody finds half of it."
+    shutil.rmtree(path.rename(path.with_name(f".{path.name}.gone")))
+
 def _prune(folder:Path, step:int, keep:Callable[[list[int]], set[int]])->None:
-    "Delete what need not stay; each loses its name first. What lies after `step` is of a future that was given up, and is left alone."
+    "Delete what need not stay. What lies after `step` is of a future that was given up, and is left alone."
     found = saved(folder)
     stay = keep([s for s in found if s <= step])
     for s in found:
-        if s < step and s not in stay:
-            found[s].rename(gone := folder/f".{found[s].name}.gone")
-            shutil.rmtree(gone)
+        if s < step and s not in stay: drop_checkpoint(found[s])
 
 # %% ../nbs/05c_checkpointing.ipynb #8b4a8fff
 @contextmanager

@@ -5,15 +5,15 @@
 # %% auto #0
 __all__ = ['doc_length', 'doc_rarity', 'doc_density', 'doc_surprise', 'rank_agreement', 'window_scores', 'linear_pace',
            'root_pace', 'stair_pace', 'paced_order', 'Ordered', 'Batchlike', 'Shortened', 'doubling', 'Grown',
-           'Difference', 'paired_difference', 'holm', 'rank_within']
+           'rank_within']
 
 # %% ../nbs/06d_curriculum.ipynb #06d5fce07
 import math
 import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cached_property, lru_cache
-from typing import NamedTuple, Protocol
+from functools import cached_property
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -227,46 +227,6 @@ class Grown:
         if not 0 <= step < len(self): raise IndexError(f"step {step}: there are {len(self)} sizes, numbered from 0")
         parts = [self.units[i] for i in range(self.first[step], self.first[step+1])]
         return tuple(torch.cat(part) for part in zip(*parts))
-
-# %% ../nbs/06d_curriculum.ipynb #06d0039a8
-class Difference(NamedTuple):
-    "What a change did, from runs in pairs."
-    mean:float # with the change minus without
-    low:float # the interval of the mean, at the level asked for
-    high:float # its other end
-    p:float # how likely a difference this large would be by chance, if there were none
-
-@lru_cache
-def _t_shares(df:int)->tuple[np.ndarray, np.ndarray]: # angles `a` from 0 to a right one; the share of chances with `|t| < sqrt(df) tan a`
-    "Student's t distribution by its angle, of which the density is `cos(a)**(df-1)`."
-    angle = np.linspace(0, math.pi/2, 20_001)
-    area = np.cumsum(np.cos((angle[1:]+angle[:-1])/2)**(df-1))
-    return angle,np.concatenate(([0], area))/area[-1]
-
-def paired_difference(
-    changed:Sequence[float], # one number for each seed
-    base:Sequence[float], # the same seeds without the change
-    level:float=.95, # of the interval
-)->Difference: # in the unit of the numbers
-    "Mean of the differences by seed, with a t-interval (Student 1908)."
-    if len(changed) != len(base) or len(base) < 2: raise ValueError(f"{len(changed)} and {len(base)} runs: give pairs, at least 2")
-    d = np.asarray(changed, dtype=float)-np.asarray(base, dtype=float)
-    error = d.std(ddof=1)/math.sqrt(len(d))
-    scale,(angle,share) = math.sqrt(len(d)-1),_t_shares(len(d)-1)
-    half = scale*math.tan(np.interp(level, share, angle))*error
-    p = 1-float(np.interp(math.atan(abs(d.mean())/error/scale), angle, share)) if error else float(d.mean() == 0)
-    return Difference(float(d.mean()), float(d.mean()-half), float(d.mean()+half), p)
-
-# %% ../nbs/06d_curriculum.ipynb #06d24a6c9
-def holm(
-    ps:Sequence[float], # of all comparisons that were made, none left out
-)->list[float]: # in the same order, never smaller
-    "Probabilities corrected for having looked at several (Holm 1979): below .05 is then a finding."
-    out,worst = [0.]*len(ps),0.
-    for k,i in enumerate(sorted(range(len(ps)), key=lambda i: ps[i])):
-        worst = max(worst, min(1., (len(ps)-k)*ps[i]))
-        out[i] = worst
-    return out
 
 # %% ../nbs/06d_curriculum.ipynb #06d40a2cc
 def rank_within(

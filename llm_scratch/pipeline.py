@@ -89,6 +89,7 @@ def _mistakes(p:"Preset")->Iterator[str]: # empty where nothing is wrong
     yield p.batch_size % n and f"batch_size={p.batch_size} is not a multiple of {p.nodes*p.per_node} processes x n_micro={p.n_micro}"
     yield p.engine == "deepspeed" and p.optimizer == "muon" and "deepspeed drives one AdamW, not muon, give optimizer adamw"
 
+# %% ../nbs/12_pipeline.ipynb #91ff6687b
 @dataclass(frozen=True)
 class Preset:
     "Everything that decides a run, but for its seed."
@@ -856,6 +857,7 @@ def _here(p:Preset)->str:
     n = torch.cuda.device_count() if torch.cuda.is_available() else 0
     return f"{n} GPUs that PyTorch can use, and {p.per_node} are wanted on each of {p.nodes} machines"
 
+# %% ../nbs/12_pipeline.ipynb #f6run001b
 def preset_rows(
     p:Preset, # any
     folder:str|Path, # of its run
@@ -872,6 +874,7 @@ def preset_rows(
             *(row for row in plan_rows(plan) if row[0] not in ("start", "note", *(("energy", "money") if p.device == "cpu" else ()))), ("start", start), ("here", _here(p)),
             *([("honestly", "this preset was planned and its tiny twin was trained; the whole of it was never run for this book")] if p.device == "cuda" else [])]
 
+# %% ../nbs/12_pipeline.ipynb #f6run001c
 @_verb("run")
 def _run_verb(
     run:_RunOption=None, preset:_PresetOption=None, depth:_DepthOption=None, seed:_SeedOption=None, sources:_SourcesOption=None, clean:_CleanOption=None, keep_out:_KeepOutOption=None, workers:_WorkersOption=1,

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['Batches', 'add_gradients', 'even_out', 'Muon', 'make_optimizers', 'make_adamw', 'wsd', 'TrainState', 'Step',
-           'NotFinite', 'update', 'train', 'save_checkpoint', 'save_shards', 'load_checkpoint']
+           'NotFinite', 'apply_gradients', 'update', 'train', 'save_checkpoint', 'save_shards', 'load_checkpoint']
 
 # %% ../nbs/06_pretraining.ipynb #2726f7e9
 import math
@@ -213,6 +213,23 @@ def _set_rates(state:TrainState, factor:float)->None:
             group["lr"] = group["initial_lr"]*factor
             if isinstance(opt, Muon): group["momentum"] = .85 + .1*min(state.step/300, 1)
 
+def apply_gradients(
+    state:TrainState, # its gradients are there; changed in place
+    loss:float, # from `add_gradients`, nats per token
+    n_tokens:int, # the same, targets that counted
+    batch:tuple[torch.Tensor, torch.Tensor], # ids and targets, for a look where they give no number
+    factor:float=1., # of the full learning rates
+    max_norm:float=1., # as for `update`
+    max_value:float=math.inf, # the same
+)->Step: # what happened
+    "The second half of an update: rates, clipping and the step; `NotFinite`, in every process, before a weight moves."
+    _set_rates(state, factor)
+    norm = state.engine.step(state.model, state.optimizers, max_norm, max_value) if math.isfinite(loss) else math.nan
+    if not math.isfinite(loss+norm): raise NotFinite(state.step+1, loss, norm, *batch)
+    state.step += 1
+    return Step(state.step, loss, factor, norm, n_tokens)
+
+# %% ../nbs/06_pretraining.ipynb #0a6ch6updatb
 def _check_clipping(state:TrainState, max_norm:float, max_value:float)->None:
     "Refuse bounds that make no sense, or that the engine cannot keep."
     state.engine.check(_above_0("max_norm", max_norm), _above_0("max_value", max_value))
@@ -232,11 +249,7 @@ def update(
     if not factor >= 0: raise ValueError(f"the schedule gives {factor} at step {state.step}: the rates would not be above 0. Is it for a shorter run?")
     for opt in state.optimizers: opt.zero_grad()
     loss,n = add_gradients(state.model, ids_BT, targets_BT, n_micro, state.engine)
-    _set_rates(state, factor)
-    norm = state.engine.step(state.model, state.optimizers, max_norm, max_value) if math.isfinite(loss) else math.nan
-    if not math.isfinite(loss+norm): raise NotFinite(state.step+1, loss, norm, ids_BT, targets_BT)
-    state.step += 1
-    return Step(state.step, loss, factor, norm, n)
+    return apply_gradients(state, loss, n, (ids_BT, targets_BT), factor, max_norm, max_value)
 
 # %% ../nbs/06_pretraining.ipynb #56c6205a
 def train(

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['cosine', 'linear', 'borrowed', 'RangeTest', 'range_test', 'width_groups', 'draw_for_width', 'make_width_adamw',
-           'make_width_optimizers', 'activations', 'coordinate_check', 'growth']
+           'make_width_optimizers', 'activations', 'coordinate_check', 'fit_power']
 
 # %% ../nbs/06a_rates.ipynb #r6a649d6
 import math
@@ -219,9 +219,12 @@ def coordinate_check(
         for name,after in activations(model, ids_BT).items(): changes.setdefault(name, []).append((after-before[name]).square().mean().sqrt().item())
     return changes
 
-def growth(
-    widths:Sequence[int], # at least two
-    sizes:Sequence[float], # of something, at each width
-)->float: # 0: the same at every width; 1: twice as much at twice the width
-    "The exponent of the power law that fits best."
-    return float(np.polyfit(np.log(widths), np.log(sizes), 1)[0])
+# %% ../nbs/06a_rates.ipynb #r6afitpow
+def fit_power(
+    x:Sequence[float], # above 0
+    y:Sequence[float], # above 0
+)->tuple[float, float]: # exponent, factor
+    "The line through points on log axes: `y = factor * x**exponent`, by least squares of the logs."
+    if min(*x, *y) <= 0: raise ValueError(f"{min(*x, *y)} has no logarithm: give numbers above 0")
+    exponent,log_factor = np.polyfit(np.log(x), np.log(y), 1)
+    return float(exponent),math.exp(log_factor)

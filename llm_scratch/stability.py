@@ -22,11 +22,11 @@ from fastcore.basics import patch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from .checkpointing import saved
-from .core import UserError, atomic_path, discard, read_json, write_json
+from .checkpointing import drop_checkpoint, saved
+from .core import UserError, atomic_path, read_json, write_json
 from .engines import DeepSpeedEngine, Engine, uncut
 from .monitoring import SPIKE, robust_z
-from .pretraining import Batches, NotFinite, Step, TrainState, _set_rates, add_gradients, load_checkpoint, save_checkpoint
+from .pretraining import Batches, NotFinite, Step, TrainState, add_gradients, apply_gradients, load_checkpoint, save_checkpoint
 
 # %% ../nbs/06f_stability.ipynb #f06s0011
 _WINDOW,_LEAST = 50,20 # updates that a batch is measured by, and how many there must be
@@ -104,13 +104,10 @@ def careful_update(
     if limit < math.inf:
         norm = gradient_length(state.model)
         if math.isfinite(loss+norm) and state.engine.share(guard.judge(loss, norm) > limit): return None # one process decides for all
-    _set_rates(state, factor)
-    norm = state.engine.step(state.model, state.optimizers, max_norm, max_value) if math.isfinite(loss) else math.nan
-    if not math.isfinite(loss+norm): raise NotFinite(state.step+1, loss, norm, ids_BT, targets_BT)
-    guard.judge(loss, norm)
-    guard.remember(loss, norm)
-    state.step += 1
-    return Step(state.step, loss, factor, norm, n)
+    step = apply_gradients(state, loss, n, (ids_BT, targets_BT), factor, max_norm, max_value)
+    guard.judge(loss, step.grad_norm)
+    guard.remember(loss, step.grad_norm)
+    return step
 
 # %% ../nbs/06f_stability.ipynb #f06s0018
 class Stuck(UserError):
@@ -188,11 +185,7 @@ def roll_back(
     guard.rollbacks = [*guard.rollbacks, [end, state.step]]
     guard.passed = sorted({*guard.passed, *(batch_number(step, guard.passed) for step in range(state.step, end+ahead))})
     save_careful(state, guard, folder, about) # who is killed from here on goes on from here
-    state.engine.at_main(lambda: _forget([folder/name for step,name in found.items() if step > state.step]))
-
-def _forget(paths:list[Path])->None:
-    "Delete checkpoints of a future that was given up; each loses its name first."
-    for path in paths: discard(path.rename(path.with_name(f".{path.name}.gone")))
+    state.engine.at_main(lambda: [drop_checkpoint(folder/name) for step,name in found.items() if step > state.step]) # of a future that was given up
 
 # %% ../nbs/06f_stability.ipynb #f06s0038
 def save_bad_batch(
@@ -319,6 +312,7 @@ def compile_pays(
     "Does a run win back what compiling costs?"
     return n_steps*step_s*(1-1/speedup) > compile_s
 
+# %% ../nbs/06f_stability.ipynb #f06s0057b
 def compile_in_place(
     model:nn.Module, # bare; its parameters keep their names
     ids_BT:torch.Tensor, # a batch of the shape that is to come

@@ -235,6 +235,7 @@ class LineView(View):
         "One line, unless it was said already."
         if self.progress.last and self.progress.n != self.said and self.is_due(0.): self.out(progress_line(self.progress)); self.said = self.progress.n
 
+# %% ../nbs/06g_watching.ipynb #06g00039b
 class TerminalView(View):
     "A region of the terminal that is redrawn in place and vanishes at the end."
     def __init__(self,
@@ -254,6 +255,7 @@ class TerminalView(View):
         from rich.text import Text
         if self.live: self.live.update(Text(progress_text(self.progress, min(self.console.width, 100))), refresh=True)
 
+# %% ../nbs/06g_watching.ipynb #06g00039c
 def open_view(
     n_steps:int, # updates of the whole run
     console:"rich.console.Console", # a terminal or a file

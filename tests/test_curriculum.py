@@ -16,8 +16,9 @@ from hypothesis import strategies as st
 from torch.testing import assert_close
 
 from llm_scratch.architecture import Decoder, ModelConfig, init_weights
-from llm_scratch.curriculum import (Grown, Ordered, Shortened, doc_density, doc_length, doc_rarity, doc_surprise, doubling, holm, linear_pace, paced_order,
-                                    paired_difference, rank_agreement, rank_within, root_pace, stair_pace, window_scores)
+from llm_scratch.curriculum import (Grown, Ordered, Shortened, doc_density, doc_length, doc_rarity, doc_surprise, doubling, linear_pace, paced_order,
+                                    rank_agreement, rank_within, root_pace, stair_pace, window_scores)
+from llm_scratch.evaluation import holm, paired_difference
 from llm_scratch.pretraining import Batches, TrainState, load_checkpoint, make_optimizers, save_checkpoint, train
 
 SCRIPT = Path(__file__).resolve().parent.parent/"benchmarks"/"curriculum.py"

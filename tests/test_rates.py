@@ -19,7 +19,7 @@ from llm_scratch.architecture import Decoder, ModelConfig, init_weights
 from llm_scratch.core import UserError
 from llm_scratch.engines import Engine
 from llm_scratch.pretraining import Batches, NotFinite, TrainState, make_adamw, make_optimizers, train, update, wsd
-from llm_scratch.rates import RangeTest, activations, borrowed, coordinate_check, cosine, draw_for_width, growth, linear, make_width_adamw, make_width_optimizers, range_test, width_groups
+from llm_scratch.rates import RangeTest, activations, borrowed, coordinate_check, cosine, draw_for_width, fit_power, linear, make_width_adamw, make_width_optimizers, range_test, width_groups
 
 SCRIPT = Path(__file__).resolve().parent.parent/"benchmarks"/"rates.py"
 BATCHES = Batches(np.random.default_rng(0).integers(0, 40, 2000), 16, 4)
@@ -383,7 +383,7 @@ def transferred(d):
 
 def test_a_few_updates_change_the_same_at_every_width_or_not():
     widths = (32, 64, 128, 256)
-    grows, stays = ({part: growth(widths, sizes) for part, sizes in coordinate_check(f, widths, BATCHES).items()} for f in (standard, transferred))
+    grows, stays = ({part: fit_power(widths, sizes)[0] for part, sizes in coordinate_check(f, widths, BATCHES).items()} for f in (standard, transferred))
     assert list(stays) == ["embedding", "block 0", "block 1", "logits"]
     assert max(abs(x) for x in stays.values()) < .25, stays
     assert min(grows[part] for part in ("block 0", "block 1", "logits")) > .5, grows
@@ -399,7 +399,7 @@ def test_the_check_measures_the_change_of_the_first_batch():
 
 
 def test_growth_is_the_exponent():
-    assert growth((2, 4, 8), (3., 12., 48.)) == pytest.approx(2) and growth((32, 64), (5., 5.)) == pytest.approx(0)
+    assert fit_power((2, 4, 8), (3., 12., 48.))[0] == pytest.approx(2) and fit_power((32, 64), (5., 5.))[0] == pytest.approx(0)
 
 
 # --- the script ------------------------------------------------------------------------------------------------------

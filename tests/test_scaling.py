@@ -15,7 +15,8 @@ from numpy.testing import assert_allclose
 
 from llm_scratch.architecture import Decoder, n_params, training_flops_per_token
 from llm_scratch.core import UserError
-from llm_scratch.scaling import (Law, _descend, _starts, _surface, band, bootstrap_laws, fit_law, fit_power, forecast, frontier, huber, isoflop, one_dial, plan_budget, valley,
+from llm_scratch.rates import fit_power
+from llm_scratch.scaling import (Law, _descend, _starts, _surface, band, bootstrap_laws, fit_law, forecast, frontier, huber, isoflop, one_dial, plan_budget, valley,
                                  worth_of_repeats)
 
 ROOT = Path(__file__).resolve().parent.parent
