@@ -216,7 +216,7 @@ def join(
     if device.type == "cuda": torch.cuda.set_device(device)
     if not dist.is_initialized():
         try: dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", timeout=timedelta(seconds=timeout))
-        except ValueError as e: raise UserError(f"this engine wants to be launched, by torchrun or `llm-scratch launch`, which tell each process who it is: {e}") from None
+        except ValueError as e: raise UserError(f"this engine wants to be launched, by torchrun or `llm-scratch launch`, which tell each process who it is: {str(e).rpartition(': ')[2]}") from None
     return device
 
 @dataclass
@@ -518,10 +518,11 @@ def make_engine(
     timeout:float=45., # seconds after which a process that waits in vain for another gives up
 )->Engine: # in every process the same
     "The engine of this name; `UserError` when there is none, or when this is not how it is launched."
+    unknown = f"there is no engine {name}: give one of {', '.join(ENGINES)}" if name not in ENGINES else f"there is no precision {precision}: give fp32 or bf16" if precision not in ("fp32", "bf16") else ""
+    if unknown and "RANK" not in os.environ: raise UserError(unknown)
     if name == "plain" and not dist.is_torchelastic_launched(): return Engine(precision)
     device = join(timeout) # the others first, so that one voice says what is wrong
-    if name not in ENGINES: raise UserError(f"there is no engine {name}: give one of {', '.join(ENGINES)}")
-    if precision not in ("fp32", "bf16"): raise UserError(f"there is no precision {precision}: give fp32 or bf16")
+    if unknown: raise UserError(unknown)
     if (n := dist.get_world_size()) > 1 and name == "plain": raise UserError(f"{n} processes were launched, and the engine plain is one process: give --engine ddp, fsdp or deepspeed")
     if name == "plain": return Engine(precision, device)
     if name == "ddp": return DDPEngine(precision, timeout=timeout)

@@ -16,7 +16,7 @@ from hypothesis import given, strategies as st
 
 from llm_scratch.architecture import load_model
 from llm_scratch.core import UserError, read_json, write_json
-from llm_scratch.engines import Engine, check_deepspeed, comparisons, deepspeed_config, in_ranks, load_trial, torchrun, trial
+from llm_scratch.engines import Engine, check_deepspeed, comparisons, deepspeed_config, in_ranks, load_trial, make_engine, torchrun, trial
 from llm_scratch.pipeline import cpu, open_run, prepare_documents, prepare_tokens, pretrain, read_log, start_run
 from llm_scratch.pretraining import load_checkpoint, save_checkpoint, save_shards
 
@@ -323,3 +323,11 @@ def test_a_run_that_diverges_is_one_line(prepared, tmp_path, monkeypatch):
     monkeypatch.setattr(pipeline, "wsd", lambda step, n_steps: 1e38)
     done = CliRunner().invoke(pipeline.app, ["pretrain", "--run", str(_copy(prepared, tmp_path).folder)])
     assert done.exit_code == 2 and "with gradient length nan at step 2" in done.output and "lower the learning rate" in done.output
+
+
+@pytest.mark.parametrize("given, says", [(dict(name="ddq"), "there is no engine ddq: give one of plain, ddp"), (dict(name="plain", precision="fp8"), "there is no precision fp8: give fp32 or bf16"),
+                                         (dict(name="fsdp"), "wants to be launched.* who it is: environment variable RANK expected, but not set$")])
+def test_alone_and_wrong(given, says, monkeypatch):
+    "Who was not launched hears first what no launch would put right."
+    for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"): monkeypatch.delenv(name, raising=False)
+    with pytest.raises(UserError, match=says): make_engine(**given)
