@@ -51,11 +51,11 @@ from .launching import WAYS, launch, launch_text, make_job
 from .llamacpp import load_gguf, read_gguf, save_gguf, write_modelfile
 from .monitoring import Monitors, open_monitors, read_rows, write_monitoring
 from .planning import CHIPS, SHAPES, Chip, Layout, Machines, TrainingPlan, checkpoint_blocks, peak_memory, plan_report, plan_rows, room, step_time
-from .pretraining import Batches, NotFinite, Step, TrainState, load_checkpoint, make_adamw, make_optimizers, save_checkpoint, train, wsd
+from .pretraining import Batches, Step, TrainState, load_checkpoint, make_adamw, make_optimizers, save_checkpoint, train, wsd
 from .privacy import RedactPII
 from .rates import cosine, linear
 from .sources import Stage, open_streams
-from .stability import save_bad_batch
+from .stability import compile_auto, explained
 from .tokenization import HubTokenizer, Shards, Tokenizer, load_tokenizer, save_tokenizer, train_bpe, write_shards
 from .watching import SCHEDULER, TerminalView, View, open_view
 
@@ -239,16 +239,19 @@ def cleaning_stages(
     return [*stages, *([Decontaminate.against(sets)] if sets else []), *([RedactPII()] if level == "full" else [])]
 
 # %% ../nbs/12_pipeline.ipynb #c1ea0ed1
-def _cleaned(run:Run, watch:Watch, workers:int)->tuple["datasets.Dataset", dict[str, int], str]: # documents, how many of each source to hold back, and what was done to them
-    "The text of a run that is to be cleaned: it may be anything, so it is read as a stream, and a small source gives at most a quarter of itself."
+def _held(corpus:"datasets.Dataset", n:int)->dict[str, int]: # documents of each source
+    "How many to hold back: `n` of each source, and of a small one at most a quarter."
+    return {source:min(n, total//4) for source,total in Counter(corpus["source"]).items()}
+
+def _cleaned(run:Run, watch:Watch, workers:int)->tuple["datasets.Dataset", str]: # documents, and what was done to them
+    "The text of a run that is to be cleaned: it may be anything, so it is read as a stream."
     p,stream = run.preset,open_streams(run.preset.sources)
     part_docs = 1000
     parts = None if stream.n_total is None else -(-stream.n_total//part_docs)
     folder = curate(stream, cleaning_stages(p.cleaning, p.keep_out), run.folder/"curation", part_docs=part_docs, workers=workers, watch=lambda jobs: watch(jobs, "clean", parts))
     corpus = to_dataset(read_curated(folder))
-    held = {source:min(p.n_validation, n//4) for source,n in Counter(corpus["source"]).items()}
-    if not any(held.values()): raise UserError(f"{corpus.num_rows} documents are left, too few to hold one of four back: give more text")
-    return corpus,held,curation_notes(folder)
+    if not any(_held(corpus, p.n_validation).values()): raise UserError(f"{corpus.num_rows} documents are left, too few to hold one of four back: give more text")
+    return corpus,curation_notes(folder)
 
 def prepare_documents(
     run:Run, # just started, or further
@@ -258,9 +261,9 @@ def prepare_documents(
     "Step 3: fetch, clean and split the text of a run, or load it where that is done."
     if not run.documents.exists():
         p = run.preset
-        if p.cleaning != "off": corpus,held,notes = _cleaned(run, watch, workers)
-        else: corpus,held,notes = tiny_corpus() if p.sources == ("tiny",) else load_corpus(p.sources),p.n_validation,""
-        save_documents(split_corpus(corpus, held), run.documents, notes) # one split for all seeds
+        if p.cleaning != "off": corpus,notes = _cleaned(run, watch, workers)
+        else: corpus,notes = tiny_corpus() if p.sources == ("tiny",) else load_corpus(p.sources),""
+        save_documents(split_corpus(corpus, _held(corpus, p.n_validation)), run.documents, notes) # one split for all seeds
     return load_documents(run.documents)
 
 # %% ../nbs/12_pipeline.ipynb #ec419c50
@@ -411,10 +414,17 @@ def _monitors(run:Run, engine:Engine, state:TrainState, about:dict, spec:str)->M
     return open_monitors(spec, run.folder, resume_step=state.step, config=about, rank=rank, local_rank=local, sample=sample)
 
 # %% ../nbs/12_pipeline.ipynb #cbc40b51c
+def _compile(run:Run, state:TrainState, batches:Batches)->None:
+    "On a GPU, one process has its model compiled if that pays over the whole run: one that was resumed computes as one that was not."
+    p,engine = run.preset,state.engine
+    if type(engine) is not Engine or engine.device is None: return
+    ids_BT = batches[0][0][:p.batch_size//p.n_micro].to(engine.device)
+    compile_auto(state.model, ids_BT, p.n_steps, p.tokens_per_step, flops_per_s=1e14, compile_s=60., speedup=1.3, engine=engine)
+
 def _updates(run:Run, state:TrainState, batches:Batches, monitors:Monitors, save:Callable[[], None])->Iterator[Step]:
     "The updates that are still to be made, logged, and saved now and then; and before who watches leaves."
     p,begin = run.preset,time.perf_counter()
-    for step in train(state, batches, _lr_at(p), p.n_steps, n_micro=p.n_micro, max_norm=p.max_norm):
+    for step in explained(train(state, batches, _lr_at(p), p.n_steps, n_micro=p.n_micro, max_norm=p.max_norm), state, run.folder/"bad_batch"):
         seconds,begin = time.perf_counter()-begin,time.perf_counter()
         monitors.log(step.n, dict(loss=step.loss, lr=step.lr, grad_norm=step.grad_norm, n_tokens=step.n_tokens, seconds=round(seconds, 4)))
         if saved_now := step.n % p.save_every == 0: save()
@@ -438,9 +448,9 @@ def pretrain(
     save = lambda: save_checkpoint(state, run.checkpoints, about, keep_last(2))
     with run_lock(run.folder, rank=int(not engine.is_main), agree=engine.agree):
         _resume(run, engine, state, about)
+        _compile(run, state, batches)
         with _monitors(run, engine, state, about, monitor) as monitors:
-            try: yield from _updates(run, state, batches, monitors, save)
-            except NotFinite as e: raise UserError(f"{e}; it is kept in {save_bad_batch(run.folder/'bad_batch', e, engine.rank)}, and so is the checkpoint before it") from e
+            yield from _updates(run, state, batches, monitors, save)
             save()
         if model := _whole_model(run, state): save_pretrained(run, model)
         engine.agree("") # the others leave when the model is there
