@@ -1,6 +1,6 @@
 """Loss and gradients of a step, with autograd and by hand: the parts of `llm_scratch.backward` switched on one by one, one thread, taking turns.
 
-    python benchmarks/backward.py                seven rounds; about three minutes on a quiet core; goes on where it was stopped
+    python benchmarks/backward.py                seven rounds; about two minutes on a quiet core; goes on where it was stopped
     python benchmarks/backward.py --tiny         the same in seconds, for a test: its numbers say nothing
     python benchmarks/backward.py --out FILE     elsewhere than nbs/backward.json
 
@@ -39,7 +39,8 @@ from llm_scratch.infrastructure import quick_products  # noqa: E402
 
 SMALL = ModelConfig(vocab_size=96, context_len=256, n_layers=4, n_heads=4, n_kv_heads=4, d_model=128, d_ff=344, d_head=32)
 LARGE = ModelConfig(vocab_size=4096, context_len=256, n_layers=7, n_heads=4, n_kv_heads=4, d_model=256, d_ff=704, d_head=64)
-SIZES = {"0.8M, 12 x 64": (replace(SMALL, context_len=64), 12, 4), "0.8M, 8 x 128": (replace(SMALL, context_len=128), 8, 3), "0.8M, 8 x 256": (SMALL, 8, 2), "7M, 8 x 256": (LARGE, 8, 1)} # config, texts, steps
+SIZES = {"0.8M, 12 x 64": (replace(SMALL, context_len=64), 12, 4), "0.8M, 8 x 128": (replace(SMALL, context_len=128), 8, 3), "0.8M, 8 x 256": (SMALL, 8, 2), "0.8M, 2 x 1024": (replace(SMALL, context_len=1024), 2, 1),
+         "7M, 8 x 256": (LARGE, 8, 1)} # config, texts, steps
 TINY = {"tiny": (replace(SMALL.tiny(), context_len=24), 2, 1)}
 
 # --- the ways ----------------------------------------------------------------------------------------------------
