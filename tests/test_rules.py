@@ -44,6 +44,7 @@ MAY_IMPORT = {
     "launching": {"core", "engines"},  # the names of the engines
     "monitoring": {"core"},
     "megatron": {"core", "architecture", "families", "interchange", "tokenization"},  # weights one way, tokens the other, and a model's folder home
+    "backward": {"architecture", "infrastructure"},
     "pretraining": {"core", "checkpointing", "engines"},
     "epochs": {"architecture", "generation"},  # a model that continues its own training text
     "curriculum": set(),
