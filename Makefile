@@ -19,7 +19,7 @@ lab: $(VENV)/.development ## the chapters in JupyterLab, on 127.0.0.1
 docs: $(VENV)/.development ## the site, into _docs
 	$(BIN)/python docs/build.py $(ARGS)
 
-bench: $(VENV)/.development ## side by side with other libraries, and the stages of cleaning
+bench: $(VENV)/.development ## side by side with other libraries, an hour; the last three go on where they were stopped, in runs/bench
 	$(BIN)/python benchmarks/run.py $(ARGS)
 	$(BIN)/python benchmarks/duplicates.py
 	$(BIN)/python benchmarks/cleaning.py
@@ -27,6 +27,10 @@ bench: $(VENV)/.development ## side by side with other libraries, and the stages
 	$(BIN)/python benchmarks/scaling.py
 	$(BIN)/python benchmarks/monitors.py
 	$(BIN)/python benchmarks/machine.py
+	@mkdir -p runs/bench
+	$(BIN)/python benchmarks/throughput.py --out runs/bench/throughput.json
+	$(BIN)/python benchmarks/backward.py --out runs/bench/backward.json
+	$(BIN)/python benchmarks/quality.py --out runs/bench/quality.json
 
 machine: ## what tests need beside Python: a browser, ssh, Prometheus, where this machine lets us
 	@sh tests/machine.sh

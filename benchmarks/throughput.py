@@ -6,8 +6,9 @@
     python benchmarks/throughput.py --tiny             seconds: it shows that everything runs, and its numbers say nothing
 
 Everybody gets the same batch, the same widths, depth, heads and vocabulary, tied embeddings, clipping to length 1 and fused AdamW; nobody is compiled
-but where it says so. A step is all of an update: gradients to zero, forward, loss, backward, clipping, optimizer. Ours runs as the library runs it, within `quick_products`;
-the rows "usual products" show it without, and "with our products" show what each peer would gain from that switch, which it does not throw itself.
+but where it says so. A step is all of an update: gradients to zero, forward, loss, backward, clipping, optimizer. Ours runs as the library runs it, within `quick_training`:
+faster float32 products, and norms, rotations and attention with their backward passes by hand. The row "usual products, autograd" shows it without, and "with our products"
+show what each peer would gain from the first of the two, a switch that it does not throw itself.
 The share is of the fastest float32 product of 1,024 × 1,024 matrices on this core, by the operations of our decoder. Rounds go into the record one by one,
 so that a run that was stopped goes on where it was. A peer that is not installed leaves its rows out, and a line says so.
 """
@@ -22,7 +23,7 @@ import shutil
 import sys
 import time
 from collections.abc import Callable
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from importlib.util import find_spec
@@ -39,6 +40,7 @@ from quality import Gpt2  # noqa: E402
 from run import machine  # noqa: E402
 
 from llm_scratch.architecture import Decoder, ModelConfig, init_weights, n_params, training_flops_per_token  # noqa: E402
+from llm_scratch.backward import quick_training  # noqa: E402
 from llm_scratch.core import UserError, write_json  # noqa: E402
 from llm_scratch.engines import Engine  # noqa: E402
 from llm_scratch.infrastructure import quick_products  # noqa: E402
@@ -117,17 +119,18 @@ class Way:
     "One row of the table."
     name:str
     make:Callable[[ModelConfig], tuple[nn.Module, Step]]
-    quick:bool # within `quick_products`
+    within:Callable[[nn.Module, int], AbstractContextManager] # the model and its context to the block in which it runs
 
 def ways(size:Size, compiled:bool)->tuple[list[Way], list[str]]: # and what is left out
     "Ours and everybody's, as they come and with the other's products."
-    is_large,found,skipped = n_params(size.cfg) >= LARGE,[Way("ours", ours, True), Way("ours, usual products", ours, False)],[]
-    if is_large: found.append(Way("ours, bf16", partial(ours, precision="bf16"), True))
-    if compiled and (is_large or size in TINY): found += [Way("ours, compiled", partial(ours, compiled=True), True)] + [Way("ours, compiled, bf16", partial(ours, precision="bf16", compiled=True), True)]*is_large
+    usual,products,bf16 = lambda model,n: nullcontext(),lambda model,n: quick_products(n),partial(quick_training, precision="bf16")
+    is_large,found,skipped = n_params(size.cfg) >= LARGE,[Way("ours", ours, quick_training), Way("ours, usual products, autograd", ours, usual), Way("ours, autograd", ours, products)],[]
+    if is_large: found.append(Way("ours, bf16", partial(ours, precision="bf16"), bf16))
+    if compiled and (is_large or size in TINY): found += [Way("ours, compiled", partial(ours, compiled=True), products)] + [Way("ours, compiled, bf16", partial(ours, precision="bf16", compiled=True), products)]*is_large
     for peer,make in PEERS.items():
         try: make(size.cfg)
         except UserError as e: skipped.append(f"skipped {peer}: {e}")
-        else: found += [Way(NAMES[peer], make, False), Way(f"{NAMES[peer]}, with our products", make, True)]
+        else: found += [Way(NAMES[peer], make, usual), Way(f"{NAMES[peer]}, with our products", make, products)]
     return found,skipped
 
 # --- the clock ---------------------------------------------------------------------------------------------------
@@ -151,7 +154,7 @@ def prepared(way:Way, size:Size, ids:torch.Tensor, targets:torch.Tensor)->tuple[
     n,wanted = sum(p.numel() for p in model.parameters()),n_params(size.cfg)
     if abs(n-wanted) > .15*wanted: raise AssertionError(f"{way.name} has {n:,} weights and ours {wanted:,}: there is nothing to compare")
     def run(n_steps:int)->float:
-        with quick_products(size.cfg.context_len) if way.quick else nullcontext():
+        with way.within(model, size.cfg.context_len):
             for _ in range(n_steps): loss = step(ids, targets)
         return loss
     start = time.process_time()

@@ -553,8 +553,10 @@ def _extras()->dict[str, list[str]]: # what is missing for each
     "The optional parts of the library, as its metadata lists them."
     from importlib.metadata import PackageNotFoundError, distribution, requires
     from packaging.requirements import Requirement
+    try: listed = requires("llm_scratch") or []
+    except PackageNotFoundError: listed = [] # it runs from its folder
     missing = {}
-    for r in map(Requirement, requires("llm_scratch") or []):
+    for r in map(Requirement, listed):
         extra = str(r.marker or "").partition("extra ==")[2].strip(" \"'")
         if not extra: continue
         try: there = r.specifier.contains(distribution(r.name).version, prereleases=True)

@@ -179,6 +179,10 @@ def quality(monkeypatch): return loaded("quality", monkeypatch)
 def throughput(monkeypatch): return loaded("throughput", monkeypatch)
 
 
+@pytest.fixture
+def gpu(monkeypatch): return loaded("gpu", monkeypatch)
+
+
 def sonnets(path:Path)->Path:
     path.write_text("".join(f"{a} shall {b} the {c},\n" for a in ("who", "he", "she", "all", "none") for b in ("take", "give", "burn", "hide") for c in ("sun", "rose", "king", "worm", "crown", "sea"))*4, encoding="utf-8")
     return path
@@ -196,7 +200,7 @@ def test_quality_has_all_rows_and_goes_on_where_it_was(quality, tmp_path, capsys
     assert len(re.findall(r"^ours, .*seed", said, re.M)) == 0 and len(re.findall(r"^rival, .*, seed", said, re.M)) == len(record["rows"]) - 6
     swept = {r["name"]:r["loss"] for r in record["rows"] if r["seed"] == 0 and re.fullmatch(r"rival, rate [\d.]+", r["name"])}
     best = min(swept, key=swept.get)
-    assert len(swept) == 4 and {"rival, rate 0.001", best} == {r["name"] for r in record["rows"] if r["seed"] == 1 and re.fullmatch(r"rival, rate [\d.]+", r["name"])}
+    assert len(swept) == 5 and {"rival, rate 0.001", best} == {r["name"] for r in record["rows"] if r["seed"] == 1 and re.fullmatch(r"rival, rate [\d.]+", r["name"])}
     assert [r["name"] for r in record["rows"] if r["name"].startswith(f"{best}, ")] == [f"{best}, 10 updates"]*2 + [f"{best}, our products"]
     quick, usual = (next(r for r in record["rows"] if r["name"] == n and r["seed"] == 0) for n in (f"{best}, our products", best))
     assert abs(quick["loss"] - usual["loss"]) < 2e-3 and quick["n_tokens"] == usual["n_tokens"]  # faster, and the same training
@@ -251,12 +255,12 @@ def test_throughput_has_all_rows_and_goes_on_where_it_was(throughput, tmp_path, 
     monkeypatch.setattr(throughput, "find_spec", lambda name: None if name == "litgpt" else name)
     throughput.main(["--tiny", "--rounds", "1", "--out", str(out)])
     said, record = capsys.readouterr().out, throughput.json.loads(out.read_text(encoding="utf-8"))
-    names = ["ours", "ours, usual products", "transformers, Llama", "transformers, Llama, with our products", "GPT-2-style", "GPT-2-style, with our products"]
+    names = ["ours", "ours, usual products, autograd", "ours, autograd", "transformers, Llama", "transformers, Llama, with our products", "GPT-2-style", "GPT-2-style, with our products"]
     assert [r["way"] for r in record["rows"]] == names and re.findall(r"^\| tiny \| (.*?) \| [\d,]+ \| [\d.]+ \| \d+%", said, re.M) == names
     assert said.splitlines()[-1].startswith("skipped litgpt: litgpt is not installed") and (tmp_path/"t.svg").exists()
     throughput.main(["--tiny", "--rounds", "2", "--out", str(out)])
     again = throughput.json.loads(out.read_text(encoding="utf-8"))
-    assert again["rows"][:6] == record["rows"] and [(r["way"], r["round"]) for r in again["rows"][6:]] == [(n, 1) for n in names[3:] + names[:3]]  # others begin
+    assert again["rows"][:7] == record["rows"] and [(r["way"], r["round"]) for r in again["rows"][7:]] == [(n, 1) for n in names[3:] + names[:3]]  # others begin
     fast = throughput.speeds(dict(rows=[dict(size="tiny", way="ours", tokens=10, seconds=s) for s in (1, 2, 10)]), throughput.TINY[0])
     assert fast == dict(ours=5)
 
@@ -272,3 +276,25 @@ def test_a_peer_of_another_kind_is_not_timed(throughput, tmp_path, monkeypatch, 
     monkeypatch.setattr(throughput, "PEERS", dict(gpt2=lambda cfg: spoil(throughput, throughput.TINY[0])))
     with pytest.raises(AssertionError, match=said): throughput.main(["--tiny", "--rounds", "1", "--out", str(tmp_path/"t.json")])
     assert not (tmp_path/"t.json").exists()
+
+
+def test_one_gpu_every_way_learns_the_same_batch(gpu, tmp_path, capsys, monkeypatch):
+    "On a CPU, where nothing is really compiled."
+    pytest.importorskip("transformers")
+    monkeypatch.setitem(gpu.PEERS, "litgpt", lambda cfg: (_ for _ in ()).throw(gpu.UserError("litgpt is not installed")))
+    monkeypatch.setattr(gpu, "compile_in_place", lambda *given: True)
+    monkeypatch.setattr(gpu.torch, "compile", lambda model: model)
+    monkeypatch.setattr(gpu.torch.cuda, "is_available", lambda: False)
+    with pytest.raises(SystemExit): gpu.main(["--out", str(tmp_path/"no.json")])
+    assert "--tiny runs anywhere" in capsys.readouterr().err and not (tmp_path/"no.json").exists()
+    gpu.main(["--tiny", "--out", str(tmp_path/"g.json")])
+    record, said = gpu.json.loads((tmp_path/"g.json").read_text(encoding="utf-8")), capsys.readouterr().out
+    ways = ["ours", "transformers, Llama", "GPT-2-style"]
+    assert [r["way"] for r in record["rows"]] == [*ways, *(f"{w}, compiled" for w in ways)] and all(len(r["speeds"]) == 1 and r["speeds"][0] > 0 for r in record["rows"])
+    assert said.count("skipped litgpt") == 2 and len(re.findall(r"^\| (?:ours|transformers|GPT)", said, re.M)) == 6
+
+
+def test_the_record_of_one_gpu_is_whole(gpu):
+    record = gpu.json.loads((SCRIPT.parent.parent/"nbs"/"gpu.json").read_text(encoding="utf-8"))
+    assert [len(r["speeds"]) for r in record["rows"]] == [5]*8 and record["n_weights"] == 123_588_864 == gpu.n_params(gpu.GPT2.cfg)
+    assert all(abs(r["n_weights"]/record["n_weights"] - 1) < .01 for r in record["rows"])

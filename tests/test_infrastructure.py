@@ -434,6 +434,14 @@ def test_missing_pieces_say_what_they_would_give(monkeypatch):
     assert Component("x", "gone", "").line == "gone"
 
 
+def test_the_doctor_works_where_the_library_is_not_installed(monkeypatch):
+    from importlib.metadata import PackageNotFoundError
+    def gone(name): raise PackageNotFoundError(name)
+    monkeypatch.setattr("importlib.metadata.requires", gone)
+    names = {p.name for p in installed_components()}
+    assert "torch with CUDA" in names and not any(name.startswith("extra") for name in names)
+
+
 def test_every_extra_of_the_library_is_explained():
     ini = configparser.ConfigParser()
     ini.read(ROOT/"settings.ini")

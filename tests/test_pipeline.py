@@ -231,10 +231,14 @@ def test_a_folder_that_cannot_be_written_is_one_line(tmp_path):
 def test_empty_text_small_vocabulary_and_long_context_name_both_numbers(tmp_path):
     from dataclasses import replace
     tiny = cpu().tiny()
-    for i, (preset, said) in enumerate([(replace(tiny, vocab_size=258), "vocab_size=258 .* at least 259"), (replace(tiny, context_len=5000), r"\d+ tokens, fewer than 2\*context_len=10000"),
-                                        (replace(tiny, n_validation=24), "24 documents, and n_validation=24")]):
+    for i, (preset, said) in enumerate([(replace(tiny, vocab_size=258), "vocab_size=258 .* at least 259"), (replace(tiny, context_len=5000), r"\d+ tokens, fewer than 2\*context_len=10000")]):
         run = start_run(tmp_path/str(i), preset)
         with pytest.raises(ValueError, match=said): prepare_documents(run), prepare_tokens(run), next(pretrain(run))
+
+
+def test_a_small_source_gives_at_most_a_quarter_of_itself(tmp_path):
+    from dataclasses import replace
+    assert prepare_documents(start_run(tmp_path/"run", replace(cpu().tiny(), n_validation=24)))["validation"].num_rows == 6  # of 24
 
 
 # --- the model in other hands --------------------------------------------------------------------------------------------

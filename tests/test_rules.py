@@ -54,7 +54,7 @@ MAY_IMPORT = {
     "optimizers": {"pretraining"},
     "scaling": {"core", "architecture"},
     "evaluation": {"core"},
-    "pipeline": {"core", "architecture", "generation", "interchange", "llamacpp", "data", "sources", "cleaning", "privacy", "curation", "duplicates", "tokenization", "fastbpe", "infrastructure", "planning", "checkpointing", "engines", "launching", "monitoring", "pretraining", "rates", "stability", "watching", "evaluation"},
+    "pipeline": {"core", "architecture", "backward", "generation", "interchange", "llamacpp", "data", "sources", "cleaning", "privacy", "curation", "duplicates", "tokenization", "fastbpe", "infrastructure", "planning", "checkpointing", "engines", "launching", "monitoring", "pretraining", "rates", "stability", "watching", "evaluation"},
 }
 HEAVY = {"datasets", "tokenizers", "matplotlib", "rich", "typer", "ipywidgets", "transformers", "evaluate", "IPython", "pandas", "nbdev", "numba", "gguf", "xllamacpp",
          "resiliparse", "trafilatura", "fastwarc", "ftfy", "py3langid", "lingua", "charset_normalizer", "datatrove", "datasketch", "sklearn", "pyarrow", "tiktoken",
