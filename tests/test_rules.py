@@ -53,6 +53,8 @@ MAY_IMPORT = {
     "optimizers": {"pretraining"},
     "scaling": {"core", "architecture"},
     "evaluation": {"core"},
+    "comparison": {"core", "evaluation"},
+    "perplexity": {"architecture", "evaluation", "generation"},
     "pipeline": {"core", "architecture", "generation", "interchange", "llamacpp", "data", "sources", "cleaning", "privacy", "curation", "duplicates", "tokenization", "fastbpe", "infrastructure", "planning", "checkpointing", "engines", "launching", "monitoring", "pretraining", "rates", "stability", "watching", "evaluation"},
 }
 HEAVY = {"datasets", "tokenizers", "matplotlib", "rich", "typer", "ipywidgets", "transformers", "evaluate", "IPython", "pandas", "nbdev", "numba", "gguf", "xllamacpp",
