@@ -140,6 +140,7 @@ class Standing(NamedTuple):
     best:int # rank that it may have at best, 1 is the top
     worst:int # at worst
 
+# %% ../nbs/07a_comparison.ipynb #c7a051
 def leaderboard(
     scores:Mapping[str, Sequence[float]], # for each model one score for each item, the same items for all
     top:Callable=max, # which score wins: `max`, or `min` for a loss
@@ -161,6 +162,7 @@ def leaderboard(
     board = [Standing(name, ratio_of(x, size), 1 + sum(loser == name for _,loser in beats), len(sums) - sum(winner == name for winner,_ in beats)) for name,x in sums.items()]
     return sorted(board, key=lambda row: -sign*row.score.mean)
 
+# %% ../nbs/07a_comparison.ipynb #c7a052
 def leaderboard_text(
     board:Sequence[Standing], # of `leaderboard`
 )->str: # Markdown

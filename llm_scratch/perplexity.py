@@ -66,6 +66,7 @@ class Predictions:
     hit:np.ndarray # bool, whether the model's favourite came
     confidence:np.ndarray # probability of the favourite
 
+# %% ../nbs/07b_perplexity.ipynb #c7b025
 def _scored(logits_of:Callable, docs:list[np.ndarray], context_len:int, batch_size:int, device:str)->Iterator[tuple[int, np.ndarray, np.ndarray, torch.Tensor]]: # document, places of tokens, ids given before each, logits `(n,V)` for them
     "Every token after the first of each document, window by window."
     windows = sorted(((i, *w) for i,doc in enumerate(docs) for w in _windows(len(doc), context_len)), key=lambda w: w[3]-w[1])
@@ -93,7 +94,7 @@ def predict(
         for name,x in dict(doc=i, place=place, given=given, target=target, nats=-log_NV.cpu().gather(1, target[:,None])[:,0], hit=best.indices.cpu() == target, confidence=best.values.exp().cpu()).items(): out[name][at] = x
     return Predictions(**out)
 
-# %% ../nbs/07b_perplexity.ipynb #c7b028
+# %% ../nbs/07b_perplexity.ipynb #c7b029
 def loss_by(
     said:Predictions, # of a model
     labels:Sequence[Hashable], # one for each token; what can be sorted
@@ -107,7 +108,7 @@ def loss_by(
         out[label.item()] = ratio_of(sums[counts > 0], counts[counts > 0])
     return out
 
-# %% ../nbs/07b_perplexity.ipynb #c7b032
+# %% ../nbs/07b_perplexity.ipynb #c7b033
 def truncated_nats(
     logits_of:Callable, # ids `(B,T)` to logits `(B,T,V)`, causal
     docs:Iterable[Sequence[int]], # ids of each document, `max(lengths)+n_targets` at least
@@ -130,7 +131,7 @@ def truncated_nats(
         with torch.no_grad(): out.append(torch.cat([F.cross_entropy(logits_of(x)[:,-1].float(), y, reduction="none") for x,y in zip(seen_NT.split(batch_size), targets_N.split(batch_size))]).double().cpu())
     return torch.stack(out).view(len(lengths), len(docs), n_targets).numpy()
 
-# %% ../nbs/07b_perplexity.ipynb #c7b036
+# %% ../nbs/07b_perplexity.ipynb #c7b037
 def frequency_bands(
     docs:Iterable[Sequence[int]], # that were trained on
     vocab_size:int, # `V`, every id is below it
@@ -139,7 +140,7 @@ def frequency_bands(
     count = Counter(chain.from_iterable(docs))
     return np.array([len(str(count[i])) if count[i] else 0 for i in range(vocab_size)])
 
-# %% ../nbs/07b_perplexity.ipynb #c7b041
+# %% ../nbs/07b_perplexity.ipynb #c7b042
 class Bin(NamedTuple):
     "Predictions of about the same confidence."
     said:float # their mean confidence
@@ -170,7 +171,7 @@ def calibration_error(
     bins = reliability(confidence, hit, n_bins)
     return sum(b.n*abs(b.said-b.right) for b in bins)/sum(b.n for b in bins)
 
-# %% ../nbs/07b_perplexity.ipynb #c7b044
+# %% ../nbs/07b_perplexity.ipynb #c7b045
 def calibrated_errors(
     confidence:Sequence[float], # of a model
     n_bins:int=10, # of about equally many predictions
@@ -182,7 +183,7 @@ def calibrated_errors(
     at = _bins(c, n_bins)
     return np.array([np.abs(np.bincount(at, weights=c-(rng.random(len(c)) < c))).sum()/len(c) for _ in range(repeats)])
 
-# %% ../nbs/07b_perplexity.ipynb #c7b049
+# %% ../nbs/07b_perplexity.ipynb #c7b050
 def token_logits(
     logits_of:Callable, # ids `(B,T)` to logits `(B,T,V)`, causal
     docs:Iterable[Sequence[int]], # ids of each document; a few thousand tokens do
@@ -196,6 +197,7 @@ def token_logits(
     rows = [(logits_NV.cpu(), torch.from_numpy(docs[i][place])) for i,place,_,logits_NV in _scored(logits_of, docs, context_len, batch_size, device)]
     return torch.cat([z for z,_ in rows]),torch.cat([y for _,y in rows])
 
+# %% ../nbs/07b_perplexity.ipynb #c7b051
 def fit_temperature(
     logits_NV:torch.Tensor, # scores of all tokens
     targets_N:torch.Tensor, # the ids that came
@@ -215,7 +217,7 @@ def fit_temperature(
         beta = new
     return 1/beta
 
-# %% ../nbs/07b_perplexity.ipynb #c7b053
+# %% ../nbs/07b_perplexity.ipynb #c7b055
 @dataclass(frozen=True)
 class GenerationCost:
     "What it takes to write behind a prompt: times as measured, the rest from the sizes."
@@ -232,6 +234,7 @@ class GenerationCost:
     def tokens_per_second(self)->float: # after the first, of all texts together
         return self.n_texts/self.seconds_token
 
+# %% ../nbs/07b_perplexity.ipynb #c7b057
 def measure_generation(
     model:Decoder, # any model that has a `cfg` and parameters
     ids_BT:torch.Tensor, # prompts, int64
@@ -257,7 +260,7 @@ def measure_generation(
     return GenerationCost(*(median(x[1:]) for x in (first, later, used)), B*T*flops_per_token(model.cfg, T), B*flops_per_token(model.cfg, T+n_new/2),
                           sum(p.nbytes for p in weights), cache_bytes(model.cfg, B, T+n_new, weights[0].element_size()), B)
 
-# %% ../nbs/07b_perplexity.ipynb #c7b059
+# %% ../nbs/07b_perplexity.ipynb #c7b063
 def pareto(
     costs:Sequence[float], # of each model, less is better
     losses:Sequence[float], # of each model, less is better

@@ -203,6 +203,9 @@ def test_alpha_and_many_models():
     rng = np.random.default_rng(8)
     many = {str(i): rng.normal(i, .1, 40) for i in range(25)}  # 300 pairs: p below .05/300 needs many flips
     assert all(s.best == s.worst for s in leaderboard(many))
+    six = dict(a=[1]*6, b=[0]*6)  # p = 2/64, enough for one pair and not for three
+    assert [(s.best, s.worst) for s in leaderboard(six)] == [(1, 1), (2, 2)]
+    assert {(s.best, s.worst) for s in leaderboard(six | dict(c=[1]*6))} == {(1, 3)}
     close = dict(a=[1]*7 + [0], b=[0]*7 + [1])  # p = 18/256
     assert [(s.best, s.worst) for s in leaderboard(close)] == [(1, 2)]*2
     assert [(s.best, s.worst) for s in leaderboard(close, alpha=.1)] == [(1, 1), (2, 2)]
