@@ -203,8 +203,7 @@ def fit_temperature(
     targets_N:torch.Tensor, # the ids that came
 )->float: # to divide logits by: above 1 where the model was too sure
     "The temperature with the smallest loss (Guo et al. 2017, section 4.2), by Newton's method between bounds."
-    z = logits_NV.double()
-    z,low,high,beta = z - z.mean(-1, keepdim=True),0.,math.inf,1.
+    z,low,high,beta = logits_NV.double(),0.,math.inf,1.
     came = z.gather(1, targets_N[:,None]).mean().item()
     for _ in range(100):
         p = (beta*z).softmax(-1)
