@@ -256,7 +256,7 @@ _MODULES = {
     "chrf":("mean chrF of the texts, 0 to 100, by sacrebleu", "pairs", chrf),
     "rouge1":("mean F of shared words, by rouge-score", "pairs", partial(rouge, kind="rouge1")),
     "rouge2":("mean F of shared pairs of words, by rouge-score", "pairs", partial(rouge, kind="rouge2")),
-    "rougeL":("mean F of the longest common subsequence, by rouge-score", "pairs", rouge),
+    "rouge_l":("mean F of the longest common subsequence, by rouge-score", "pairs", rouge),
     "same_text":("share of texts that are their reference", "pairs", same_text),
     "distinct_2":("share of different pairs of words", "texts", _texts_only(distinct)),
     "repetition_4":("share of runs of four words that came before in their text", "texts", _texts_only(repetition)),

@@ -35,6 +35,11 @@ def test_counts_are_sacrebleus(rows):
     assert_close(bleu_of(ours), float(theirs.score), atol=1e-9, rtol=1e-9)
 
 
+def test_of_two_references_as_near_the_shorter_counts():
+    assert match_counts("a b c d".split(), ["a b c d e".split(), "a b c".split()])[:2].tolist() == [4, 3]
+    assert match_counts("a b c d".split(), ["a".split(), "a b c d e".split()])[1] == 5
+
+
 def test_bleu_is_sacrebleus_of_the_corpus():
     from sacrebleu.metrics import BLEU
     theirs = BLEU().corpus_score(PREDICTIONS, list(zip(*REFERENCES))).score
@@ -103,6 +108,7 @@ def test_variety_by_slow_counting(ts, n):
 
 
 def test_marks_are_words():
+    assert [longest_repeat("a "*n) for n in (2, 7, 20, 21)] == [1, 6, 19, 20]
     assert split_words("Don't stir, now!") == ["Don", "'", "t", "stir", ",", "now", "!"]
     assert distinct(["a. a. a."], 1).mean == pytest.approx(2/6) and repetition(["a b a b"], 2).mean == pytest.approx(1/3)
 
