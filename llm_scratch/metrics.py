@@ -171,7 +171,7 @@ def self_bleu(
     max_n:int=4, # words in the longest run
     seed:int=0, # of the halves
 )->Result: # from 0 to 100: high is dull
-    "How much each text is like the others (Zhu et al. 2018, section 3)."
+    "How much each text is like the others (Zhu et al. 2018)."
     if len(texts) < 4: raise ValueError(f"{len(texts)} texts: give at least 4, so that each half has others to compare with")
     words = [split_words(t) for t in texts]
     runs = [[_grams(w, n) for n in range(1, max_n+1)] for w in words]

@@ -242,7 +242,7 @@ def bradley_terry(
     effects = {name:Result(float(b[K-1+k]), math.sqrt(cov[K-1+k,K-1+k]), n) for k,name in enumerate(extra)}
     return Ratings(tuple(names), centre@b[:K-1], centre@cov[:K-1,:K-1]@centre.T, n, effects)
 
-# %% ../nbs/07f_preference.ipynb #07f031
+# %% ../nbs/07f_preference.ipynb #07f033
 def elo(
     votes:Sequence[Vote], # in the order in which they came
     k:float=32., # points that the most surprising game moves
@@ -256,7 +256,7 @@ def elo(
         points[v.right] -= move
     return points
 
-# %% ../nbs/07f_preference.ipynb #07f034
+# %% ../nbs/07f_preference.ipynb #07f036
 def circles(
     votes:Sequence[Vote], # on any writers
 )->list[tuple[str, str, str]]: # each once, beginning with the first name
@@ -268,7 +268,7 @@ def circles(
     names,beats = sorted({n for pair in won for n in pair}),lambda a, b: won[a,b] > won[b,a]
     return [t for a,b,c in combinations(names, 3) for t in ((a, b, c), (a, c, b)) if all(beats(*two) for two in zip(t, t[1:]+t[:1]))]
 
-# %% ../nbs/07f_preference.ipynb #07f037
+# %% ../nbs/07f_preference.ipynb #07f039
 def kappa(
     first:Sequence[str], # answers of one rater
     second:Sequence[str], # answers of the other, to the same questions
@@ -285,7 +285,7 @@ def kappa(
     centre = sum(k*without[pair] for pair,k in both.items())/n
     return Result(of(both, n), math.sqrt((n-1)/n*sum(k*(without[pair]-centre)**2 for pair,k in both.items())), n)
 
-# %% ../nbs/07f_preference.ipynb #07f040
+# %% ../nbs/07f_preference.ipynb #07f042
 Judge = Callable[[str, str, str], float] # prompt, left text, right text; how likely the left one is better
 
 def ask_twice(
@@ -313,7 +313,7 @@ def judged(
     "A judge's verdicts as votes."
     return [v for p,(left,right) in zip(pairs, twice) for v in (Vote(*p.names, float(left), p.prompt), Vote(*p.names[::-1], float(1-right), p.prompt))]
 
-# %% ../nbs/07f_preference.ipynb #07f041
+# %% ../nbs/07f_preference.ipynb #07f043
 def padding_bias(
     judge:Judge, # of two texts
     pairs:Sequence[Pair], # to judge
@@ -332,7 +332,7 @@ def length_gaps(
     gaps = np.asarray(n_left, dtype=float)-np.asarray(n_right, dtype=float)
     return np.tanh(gaps/max(float(gaps.std()), 1e-9))
 
-# %% ../nbs/07f_preference.ipynb #07f049
+# %% ../nbs/07f_preference.ipynb #07f051
 @torch.no_grad()
 def label_judge(
     model:nn.Module, # ids `(1,T)` to logits `(1,T,V)`, in eval mode if it has one
