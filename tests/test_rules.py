@@ -57,11 +57,13 @@ MAY_IMPORT = {
     "pipeline": {"core", "architecture", "backward", "generation", "interchange", "llamacpp", "data", "sources", "cleaning", "privacy", "curation", "duplicates", "tokenization", "fastbpe", "infrastructure", "planning", "checkpointing", "engines", "launching", "monitoring", "pretraining", "rates", "stability", "watching", "evaluation"},
     "comparison": {"core", "evaluation"},
     "perplexity": {"architecture", "evaluation", "generation"},
+    "metrics": {"core", "architecture", "epochs", "evaluation"},  # epochs: what a model recites
+    "preference": {"core", "evaluation"},
     "pipeline": {"core", "architecture", "generation", "interchange", "llamacpp", "data", "sources", "cleaning", "privacy", "curation", "duplicates", "tokenization", "fastbpe", "infrastructure", "planning", "checkpointing", "engines", "launching", "monitoring", "pretraining", "rates", "stability", "watching", "evaluation"},
 }
 HEAVY = {"datasets", "tokenizers", "matplotlib", "rich", "typer", "ipywidgets", "transformers", "evaluate", "IPython", "pandas", "nbdev", "numba", "gguf", "xllamacpp",
          "resiliparse", "trafilatura", "fastwarc", "ftfy", "py3langid", "lingua", "charset_normalizer", "datatrove", "datasketch", "sklearn", "pyarrow", "tiktoken",
-         "psutil", "pynvml", "tensorboard", "wandb", "prometheus_client", "deepspeed", "megatron", "scipy"}
+         "psutil", "pynvml", "tensorboard", "wandb", "prometheus_client", "deepspeed", "megatron", "scipy", "sacrebleu", "rouge_score"}
 HEAVY_BUT_ALLOWED = {"pipeline": {"typer"}, "compiled": {"numba"}, "fastbpe": {"numba"}}  # the command line is made of typer's annotations, compiled functions of numba's decorator
 SECONDS = 2  # of CPU time beyond `import torch`, generous
 
