@@ -70,7 +70,8 @@ def verdict(
     margin,half = gate.margin(mean),1.96*stderr
     if margin >= half: return Verdict(gate, "pass", mean, stderr, n)
     if margin < -half: return Verdict(gate, "fail", mean, stderr, n)
-    needed = n*(half/margin)**2 if margin and math.isfinite(half) and not math.isnan(mean) else math.inf
+    ratio = half/abs(margin) if margin else math.inf
+    needed = n*ratio*ratio # nan or infinite where no number of examples helps
     return Verdict(gate, "not enough examples", mean, stderr, n, max(n+1, math.ceil(needed)) if math.isfinite(needed) else 0)
 
 # %% ../nbs/01_objectives.ipynb #o1a00058
@@ -227,10 +228,10 @@ def brief_budget(
     "The deepest model with as many tokens per weight as the yardstick that is done in time and writes fast enough."
     base,room = weights(pace.depth),brief.minutes/pace.minutes*(1 + 1e-9) # so many runs like the yardstick
     n_steps = lambda depth: int(pace.n_steps*room*base/weights(depth)) # that the time allows
-    fits = [d for d in range(1, deepest+1) if n_steps(d) >= int(pace.n_steps*weights(d)/base) and pace.words_per_second*base/weights(d) >= brief.words_per_second]
-    if not fits or n_steps(fits[-1]) < 1:
-        if pace.words_per_second*base/weights(1) < brief.words_per_second: raise UserError(f"brief {brief.name}: even one layer writes {pace.words_per_second*base/weights(1):.3g} words per second here, not {brief.words_per_second:g}: ask for less, or give a faster machine")
-        raise UserError(f"brief {brief.name}: minutes={brief.minutes:g} are too few for one layer and one update: give at least {pace.minutes*weights(1)/base/pace.n_steps:.2g}")
+    speed = lambda depth: pace.words_per_second*base/weights(depth)
+    fits = [d for d in range(1, deepest+1) if speed(d) >= brief.words_per_second and (d == 1 or n_steps(d) >= int(pace.n_steps*weights(d)/base))]
+    if not fits: raise UserError(f"brief {brief.name}: even one layer writes {speed(1):.3g} words per second here, not {brief.words_per_second:g}: ask for less, or give a faster machine")
+    if not n_steps(fits[-1]): raise UserError(f"brief {brief.name}: minutes={brief.minutes:g} are too few for one layer and one update: give at least {1.01*pace.minutes*weights(1)/base/pace.n_steps:.3g}")
     return fits[-1], n_steps(fits[-1])
 
 # %% ../nbs/01_objectives.ipynb #o1a00076
