@@ -5,11 +5,11 @@
 # %% auto #0
 __all__ = ['RIGHTS', 'OPTIONS', 'PEAK', 'Situation', 'situation_of', 'Option', 'load', 'running', 'total', 'even_months',
            'even_requests', 'Judgement', 'expected_quality', 'judge', 'Advice', 'recommend', 'explain', 'Flip', 'flips',
-           'swings']
+           'price_flips', 'swings']
 
 # %% ../nbs/01b_choosing.ipynb #h1b00004
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
 
 from .core import UserError
@@ -200,31 +200,43 @@ def explain(
 @dataclass(frozen=True)
 class Flip:
     "The nearest value of one input at which the answer is another."
-    field:str # of `Situation`
+    field:str # of `Situation`; or an option and its field
     now:object # its value
     then:object # the value just beyond the point
     before:str # the answer now
     after:str # the answer there
+    share:bool=False # is it one, from 0 to 1?
 
     @property
-    def factor(self)->float: # times which the input changes; for a share what it moves by, from 1 on; yes and no count as the farthest
+    def factor(self)->float: # times which the input changes; for a share 1 and what it moves by; yes, no and words count as the farthest
         if isinstance(self.now, (bool, str)): return math.inf
-        if self.field in ("distance", "needed"): return 1 + abs(self.then-self.now)
+        if self.share: return 1 + abs(self.then-self.now)
         return max(self.then/self.now, self.now/self.then) if self.now and self.then else math.inf
 
 # %% ../nbs/01b_choosing.ipynb #h1b00042
-def _ladder(field:str, now:float, up:bool, reach:float)->list[float]: # values to try, nearest first
-    if field in ("distance", "needed"): return [min(1., max(0., now + (1 if up else -1)*.01*i)) for i in range(1, 101)]
-    return [now*reach**((1 if up else -1)*i/200) for i in range(1, 201)] if now and math.isfinite(now) else []
+def _ladder(now:float, share:bool, up:bool, reach:float, n:int)->list[float]: # values to try, nearest first
+    way = 1 if up else -1
+    if share: return [min(1., max(0., now + way*i/n)) for i in range(1, n+1)]
+    return [now*reach**(way*i/n) for i in range(1, n+1)] if now and math.isfinite(now) else []
 
-def _edge(s:Situation, field:str, same:float, other:float, options:Sequence[Option])->tuple[float, str]: # just beyond the point, and the answer there
-    "Halve until the place where the answer changes is known to a millionth."
-    name = recommend(s, options).name
-    for _ in range(60):
-        middle = (same+other)/2
-        if recommend(replace(s, **{field:middle}), options).name == name: same = middle
-        else: other = middle
-    return other, recommend(replace(s, **{field:other}), options).name
+def _turns(field:str, now:float, ask:Callable[[float], str], share:bool, reach:float, n:int=200)->list[Flip]: # none, one, or one in each direction
+    "Climb until the answer is another, then halve the last step until the place is known."
+    found,name = [],ask(now)
+    for up in (True, False):
+        same = now
+        for other in _ladder(now, share, up, reach, n):
+            if ask(other) != name: break
+            same = other
+        else: continue
+        for _ in range(60):
+            middle = (same+other)/2
+            if ask(middle) == name: same = middle
+            else: other = middle
+        found.append(Flip(field, now, other, name, ask(other), share))
+    return found
+
+# %% ../nbs/01b_choosing.ipynb #h1b00043
+_SHARES = "distance","needed","near","far" # fields that go from 0 to 1
 
 def flips(
     s:Situation, # yours
@@ -233,24 +245,27 @@ def flips(
 )->list[Flip]: # the nearest first; inputs that flip nothing are not in it
     "The smallest change of each input that changes the answer."
     name,found = recommend(s, options).name,[]
-    def ask(field, value): return recommend(replace(s, **{field:value}), options).name
     for f in fields(s):
-        now,choices = getattr(s, f.name),[]
-        if isinstance(now, bool): choices = [Flip(f.name, now, not now, name, ask(f.name, not now))]
-        elif isinstance(now, str): choices = [Flip(f.name, now, r, name, ask(f.name, r)) for r in RIGHTS if r != now]
-        else:
-            for up in (True, False):
-                last = now
-                for value in _ladder(f.name, now, up, reach):
-                    if ask(f.name, value) != name:
-                        then,after = _edge(s, f.name, last, value, options)
-                        choices.append(Flip(f.name, now, then, name, after))
-                        break
-                    last = value
-        found += sorted((c for c in choices if c.after != name), key=lambda c: c.factor)[:1]
-    return sorted(found, key=lambda c: c.factor)
+        now,ask = getattr(s, f.name),lambda value: recommend(replace(s, **{f.name:value}), options).name
+        if isinstance(now, (bool, str)): turns = [Flip(f.name, now, other, name, ask(other)) for other in ((not now,) if isinstance(now, bool) else RIGHTS)]
+        else: turns = _turns(f.name, now, ask, f.name in _SHARES, reach)
+        found += sorted((t for t in turns if t.after != name), key=lambda t: t.factor)[:1]
+    return sorted(found, key=lambda t: t.factor)
 
-# %% ../nbs/01b_choosing.ipynb #h1b00047
+def price_flips(
+    s:Situation, # yours
+    options:Sequence[Option]=tuple(OPTIONS.values()), # to choose from
+    reach:float=10., # times which a number may be wrong
+)->list[Flip]: # the nearest first
+    "The smallest change of each price, speed or quality in the table that changes the answer."
+    found = []
+    for o in options:
+        for name in ("setup", "care", "per_million_in", "per_million_out", "machine", "speed", "near", "far"):
+            ask = lambda value: recommend(s, [replace(o, **{name:value}) if other is o else other for other in options]).name
+            found += sorted(_turns(f"{o.name}: {name}", getattr(o, name), ask, name in _SHARES, reach, 50), key=lambda t: t.factor)[:1]
+    return sorted(found, key=lambda t: t.factor)
+
+# %% ../nbs/01b_choosing.ipynb #h1b00050
 def swings(
     s:Situation, # yours
     options:Sequence[Option]=tuple(OPTIONS.values()), # to choose from

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['HOFFMANN', 'BESIROGLU', 'PRICES_OF', 'DEVICES', 'UTILISATION', 'BUILDING', 'POWER_PRICE', 'CARBON', 'ROOM', 'LossFit',
-           'best_split', 'tokens_for', 'lifetime_flops', 'cheapest', 'Rented', 'Bill', 'bill', 'chips_for', 'bill_html',
-           'explore_costs']
+           'best_split', 'tokens_for', 'lifetime_flops', 'cheapest', 'Rented', 'Bill', 'bill', 'chips_for', 'bill_for',
+           'bill_html', 'explore_costs']
 
 # %% ../nbs/01a_costs.ipynb #c1a00004
 import math
@@ -171,7 +171,20 @@ def chips_for(
     one = Bill(weights, tokens, device, 1, utilisation)
     return max(math.ceil(one.memory/(ROOM*device.memory)), math.ceil(one.hours[1]/(24*days)*(1 - 1e-12)))
 
-# %% ../nbs/01a_costs.ipynb #c1a00043
+# %% ../nbs/01a_costs.ipynb #c1a00040
+def bill_for(
+    loss:float, # nats per token to reach
+    device:Rented, # of `DEVICES`, or yours
+    days:float=30., # that the training may take, even with bad luck
+    fit:LossFit=BESIROGLU, # who you believe
+    served:float=0., # tokens that it will read and write for users, in its life
+    most_tokens:float=math.inf, # of text that there is
+)->Bill: # of the cheapest model that is as good as that
+    "What a quality costs."
+    weights,tokens = cheapest(fit, loss, served, most_tokens)
+    return bill(weights, tokens, device, chips_for(weights, tokens, device, days))
+
+# %% ../nbs/01a_costs.ipynb #c1a00047
 def bill_html(
     weights:float, # `N`
     tokens:float, # `D`
@@ -188,7 +201,7 @@ def bill_html(
     return (f"<p>{weights:.3g} weights, {tokens:.3g} tokens, {lifetime_flops(weights, tokens):.3g} FLOP, {16*weights/1e9:.3g} GB; done in {days:g} days</p>"
             f"<table><tr><th>chips</th><th>hours</th><th>dollars</th><th>kWh</th></tr>{''.join(rows)}</table>")
 
-# %% ../nbs/01a_costs.ipynb #c1a00044
+# %% ../nbs/01a_costs.ipynb #c1a00048
 def explore_costs(
     sizes:Sequence[float]=(1e7, 1e8, 1e9, 1e10, 1e11), # weights to choose from
     ratios:Sequence[float]=(5, 20, 100, 1000), # tokens per weight to choose from

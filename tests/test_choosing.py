@@ -5,7 +5,7 @@ from dataclasses import fields, replace
 import pytest
 from hypothesis import assume, given, settings, strategies as st
 
-from llm_scratch.choosing import (OPTIONS, PEAK, RIGHTS, Flip, Option, Situation, even_months, even_requests, expected_quality, explain, flips, judge, load, recommend, running, situation_of, swings, total)
+from llm_scratch.choosing import (OPTIONS, PEAK, RIGHTS, Flip, Option, Situation, even_months, even_requests, expected_quality, explain, flips, judge, load, price_flips, recommend, running, situation_of, swings, total)
 from llm_scratch.core import UserError
 from llm_scratch.objectives import LEGAL_BRIEF, RECIPES_BRIEF
 
@@ -166,7 +166,23 @@ def test_flips_of_the_legal_brief():
 
 def test_factors_of_flips():
     assert Flip("people", 2., 1., "a", "b").factor == Flip("people", 1., 2., "a", "b").factor == 2
-    assert Flip("needed", .8, .84, "a", "b").factor == pytest.approx(1.04) and Flip("private", True, False, "a", "b").factor == Flip("rights", "use", "all", "a", "b").factor == math.inf
+    assert Flip("needed", .8, .84, "a", "b", share=True).factor == pytest.approx(1.04) and Flip("private", True, False, "a", "b").factor == Flip("rights", "use", "all", "a", "b").factor == math.inf
+
+
+@settings(max_examples=8, deadline=None)
+@given(anything)
+def test_prices_that_flip(s):
+    name, found = recommend(s).name, price_flips(s)
+    assert [f.factor for f in found] == sorted(f.factor for f in found) and len({f.field for f in found}) == len(found)
+    for f in found:
+        option, field = f.field.split(": ")
+        at = lambda value: recommend(s, [replace(o, **{field: value}) if o.name == option else o for o in OPTIONS.values()]).name
+        assert at(f.then) == f.after != name == f.before == at(f.then + (f.now-f.then)*1e-6) and f.now == getattr(OPTIONS[option], field)
+
+
+def test_prices_that_flip_the_legal_brief():
+    found = {f.field: f.then for f in price_flips(LAW)}
+    assert found == pytest.approx({"fine-tuned: near": .81, "fine-tuned: far": .71, "fine-tuned: machine": 500}, rel=1e-6)
 
 
 def test_yes_and_no_flip_too():

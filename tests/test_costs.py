@@ -6,7 +6,7 @@ import pytest
 from hypothesis import assume, given, settings, strategies as st
 
 from llm_scratch.core import UserError
-from llm_scratch.costs import (BESIROGLU, BUILDING, CARBON, DEVICES, HOFFMANN, POWER_PRICE, ROOM, UTILISATION, Bill, LossFit, Rented, best_split, bill, bill_html, cheapest, chips_for, explore_costs, lifetime_flops,
+from llm_scratch.costs import (BESIROGLU, BUILDING, CARBON, DEVICES, HOFFMANN, POWER_PRICE, ROOM, UTILISATION, Bill, LossFit, Rented, best_split, bill, bill_for, bill_html, cheapest, chips_for, explore_costs, lifetime_flops,
                                tokens_for)
 from llm_scratch.planning import CHIPS
 from llm_scratch.scaling import Law, frontier
@@ -114,6 +114,22 @@ def test_the_fewest_chips_that_do(N, D, device, days):
     if n > 1:
         late = Bill(N, D, device, n-1).hours[1] > 24*days*(1 - 1e-9)
         assert late or 16*N > (n-1)*ROOM*device.memory*(1 - 1e-9)
+
+
+@quick
+@given(st.floats(1.95, 2.8), st.floats(1.5, 200), st.sampled_from([0, 1e11, 1e13]))
+def test_the_bill_of_a_quality(loss, days, served):
+    b = bill_for(loss, DEVICES["h100"], days, served=served)
+    assert BESIROGLU.loss(b.weights, b.tokens) == pytest.approx(loss) and b.hours[1] <= 24*days*(1 + 1e-9)
+    assert (b.weights, b.tokens) == cheapest(BESIROGLU, loss, served) and b.n == chips_for(b.weights, b.tokens, DEVICES["h100"], days)
+    better = bill_for(loss-.05, DEVICES["h100"], days, served=served)
+    assert better.dollars[0] > b.dollars[0] and better.memory > b.memory
+
+
+def test_the_bill_of_a_quality_with_scarce_text():
+    free, scarce = bill_for(2.2, DEVICES["a100"]), bill_for(2.2, DEVICES["a100"], most_tokens=8e10, fit=BESIROGLU)
+    assert scarce.tokens <= 8e10 < free.tokens and scarce.weights > free.weights
+    assert bill_for(2.2, DEVICES["a100"], fit=HOFFMANN).weights != free.weights
 
 
 def test_what_does_not_fit_names_what_would():

@@ -1,6 +1,9 @@
 "Briefs and gates: what passes, what fails, what nobody can say; a file that comes back equal; and every line of a brief that should change a run changes it."
 import json
 import math
+import os
+import subprocess
+import sys
 from dataclasses import asdict, fields, replace
 from pathlib import Path
 
@@ -50,6 +53,7 @@ def test_a_bound_that_is_met_exactly_is_kept():
     assert verdict(Gate("x", at_least=.5), row(.5, 0)).outcome == verdict(Gate("x", at_most=.5), row(.5, 0)).outcome == "pass"
     assert verdict(Gate("x", at_least=.5), row(.5 - 1e-9, 0)).outcome == "fail"
     assert verdict(Gate("x", at_least=0.), row(1.96, 1.)).outcome == "pass" # the end of the interval is the bound
+    assert verdict(Gate("x", at_least=1.96), row(0., 1.)).outcome == "not enough examples" # from below it is still possible
 
 
 @given(st.floats(.01, .99), st.floats(.001, .3), st.floats(.01, .99), st.integers(2, 1000))
@@ -147,6 +151,9 @@ def test_a_file_comes_back_equal(tmp_path):
 def test_what_makes_no_sense_is_said(change, said):
     with pytest.raises(UserError, match="brief recipes: ") as e: replace(RECIPES_BRIEF, **change)
     assert said in str(e.value) and "\n" not in str(e.value)
+
+
+def test_texts_of_the_house_may_be_in_any_language(): assert replace(RECIPES_BRIEF, privacy="internal", languages=("de", "en")).languages == ("de", "en")
 
 
 def test_two_bounds_on_two_sides_or_of_two_steps_make_sense():
@@ -290,3 +297,25 @@ def test_the_card_says_what_each_step_takes():
     card = brief_card(LEGAL_BRIEF)
     for part in ("**legal**", "cleaning full", "guard level block", "clauses named rightly: at least 0.8", "500 dollars a month", "440 updates"): assert part in card
     assert "dollars" not in brief_card(RECIPES_BRIEF)
+
+
+# --- the record of chapter 01 --------------------------------------------------------------------------------------
+
+def test_the_record_can_be_made_again(tmp_path):
+    "The script, on a run of seconds; what it writes has the form of what the chapter reads."
+    tool = [sys.executable, "-m", "llm_scratch", "run", "--preset", "tiny", "--run", tmp_path/"tiny"]
+    env = os.environ | dict(PYTHONPATH=str(ROOT))
+    made = subprocess.run(tool, cwd=ROOT, env=env, capture_output=True, text=True, timeout=200, check=False)
+    assert made.returncode == 0, made.stderr
+    out = tmp_path/"out.json"
+    done = subprocess.run([sys.executable, ROOT/"benchmarks"/"objectives.py", "--tiny", "--run", tmp_path/"tiny", "--legal", tmp_path/"tiny", "--out", out], cwd=ROOT, env=env, capture_output=True, text=True, timeout=200, check=False)
+    assert done.returncode == 0, done.stderr
+    new, stored = read_json(out), read_json(ROOT/"nbs"/"objectives.json")
+    def form(x): return {k: form(v) for k, v in x.items()} if isinstance(x, dict) else form(x[0]) if isinstance(x, list) else type(x)
+    for key in ("seen", "bits", "titles", "texts", "legal", "work"): assert form(new[key]) == form(stored[key]), key
+    assert new.keys() == stored.keys() and new["run"].keys() == stored["run"].keys()
+    for record in (new, stored):
+        assert all(row == record["titles"]["counting"][0] for row in record["titles"]["counting"]) # a counter does not see the title
+        assert record["titles"]["model"][0] != record["titles"]["model"][3]
+        for p in [*record["titles"]["model"], *record["titles"]["counting"]]: assert all(0 < x < 1 for x in p) and sum(p) < 1
+        for r in record["seen"]: assert 0 <= r["word"] <= r["context"] <= 1
