@@ -57,12 +57,11 @@ MAY_IMPORT = {
     "optimizers": {"pretraining"},
     "scaling": {"core", "architecture"},
     "evaluation": {"core"},
-    "pipeline": {"core", "architecture", "backward", "generation", "interchange", "llamacpp", "data", "sources", "cleaning", "privacy", "curation", "duplicates", "tokenization", "fastbpe", "infrastructure", "planning", "checkpointing", "engines", "launching", "monitoring", "pretraining", "rates", "stability", "watching", "evaluation"},
     "comparison": {"core", "evaluation"},
     "perplexity": {"architecture", "evaluation", "generation"},
     "metrics": {"core", "architecture", "epochs", "evaluation"},  # epochs: what a model recites
     "preference": {"core", "evaluation"},
-    "pipeline": {"core", "architecture", "generation", "interchange", "llamacpp", "data", "sources", "cleaning", "privacy", "curation", "duplicates", "tokenization", "fastbpe", "infrastructure", "planning", "checkpointing", "engines", "launching", "monitoring", "pretraining", "rates", "stability", "watching", "evaluation"},
+    "pipeline": {"core", "architecture", "backward", "generation", "interchange", "llamacpp", "data", "sources", "cleaning", "privacy", "curation", "duplicates", "tokenization", "fastbpe", "infrastructure", "planning", "checkpointing", "engines", "launching", "monitoring", "pretraining", "rates", "stability", "watching", "evaluation"},
 }
 HEAVY = {"datasets", "tokenizers", "matplotlib", "rich", "typer", "ipywidgets", "transformers", "evaluate", "IPython", "pandas", "nbdev", "numba", "gguf", "xllamacpp",
          "resiliparse", "trafilatura", "fastwarc", "ftfy", "py3langid", "lingua", "charset_normalizer", "datatrove", "datasketch", "sklearn", "pyarrow", "tiktoken",
