@@ -162,7 +162,7 @@ def says_exactly(
     target:object, # what is right, as a text or a number
 )->bool: # whether both are equal
     "Exact match, but for blanks around it."
-    return written.strip() == str(target)
+    return written.strip() == str(target).strip()
 
 def first_match(
     pattern:str, # a regular expression; its first group is the answer

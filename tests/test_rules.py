@@ -54,6 +54,7 @@ MAY_IMPORT = {
     "scaling": {"core", "architecture"},
     "evaluation": {"core"},
     "harness": {"evaluation", "generation"},
+    "bridge": {"core", "data", "duplicates", "evaluation", "harness"},  # questions of others, and whether the training text has seen them
     "pipeline": {"core", "architecture", "generation", "interchange", "llamacpp", "data", "sources", "cleaning", "privacy", "curation", "duplicates", "tokenization", "fastbpe", "infrastructure", "planning", "checkpointing", "engines", "launching", "monitoring", "pretraining", "rates", "stability", "watching", "evaluation"},
 }
 HEAVY = {"datasets", "tokenizers", "matplotlib", "rich", "typer", "ipywidgets", "transformers", "evaluate", "IPython", "pandas", "nbdev", "numba", "gguf", "xllamacpp",
