@@ -374,7 +374,7 @@ def plain_sentences(
 # %% ../nbs/07c_harness.ipynb #7c000034
 _OTHER = {a:b for pair in (("is", "are"), ("was", "were"), ("has", "have")) for a,b in (pair, pair[::-1])}
 _NEAR = re.compile(r"\b((?:[Ii]t|[Hh]e|[Ss]he|[Tt]hey|[Tt]his|[Tt]hese) )(is|are|was|were|has|have)\b")
-_FAR = re.compile(r"((?:The|A|An) [a-z]+ (?:of|in|for|with|between|from) (?:[a-z,-]+ ){0,5}[a-z]+s )(is|was|has)\b")
+_FAR = re.compile(r"((?:The|A|An) [a-z]+ (?:of|in|for|with|between|from) (?:[a-z,-]+ ){0,5}(?!this |series |species )[a-z]+[a-rt-z]s )(is|was|has)\b")
 
 def swap_number(
     sentence:str, # plain
@@ -392,7 +392,7 @@ def swap_far_number(
 def swap_order(
     sentence:str, # plain
 )->str|None: # None when there is no such place
-    "Put the first article inside the sentence behind its noun: city the."
+    "Put the first article inside the sentence behind the word that follows it: city the."
     m = re.search(r" (the|a|an) ([a-z]+)(?= )", sentence)
     return f"{sentence[:m.start()]} {m[2]} {m[1]}{sentence[m.end():]}" if m else None
 

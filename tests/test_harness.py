@@ -248,7 +248,7 @@ def test_the_best_rival_counts():
     (swap_number, "It is old.", "It are old."), (swap_number, "Now they were old.", "Now they was old."), (swap_number, "She has it.", "She have it."), (swap_number, "These have gone.", "These has gone."),
     (swap_number, "They is old.", None), (swap_number, "Birds are old.", None), (swap_number, "It isnt so.", None), (swap_number, "If it were so.", None), (swap_number, "A bit is it.", None),
     (swap_far_number, "The king of many lands was old.", "The king of many lands were old."), (swap_far_number, "A pair with long ears has gone.", "A pair with long ears have gone."),
-    (swap_far_number, "The king of the land was old.", None), (swap_far_number, "The kings of lands were old.", None), (swap_far_number, "So the king of lands was old.", None),
+    (swap_far_number, "The king of the land was old.", None), (swap_far_number, "The kings of lands were old.", None), (swap_far_number, "An example of this is old.", None), (swap_far_number, "The class of species is old.", None), (swap_far_number, "The man in a dress was old.", None), (swap_far_number, "So the king of lands was old.", None),
     (swap_order, "He saw the old man.", "He saw old the man."), (swap_order, "The man saw a cat there.", "The man saw cat a there."), (swap_order, "He saw the Alps now.", None), (swap_order, "The end.", None), (swap_order, "He saw a cat.", None)])
 def test_one_mistake(swap, sentence, wrong): assert swap(sentence) == wrong
 
