@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Weighed', 'total_nats', 'nats_per_token', 'nats_per_byte', 'nats_beyond', 'choice_mark', 'Scorer', 'Task', 'Choose',
            'Write', 'says_exactly', 'first_match', 'continues_recipe', 'Constant', 'majority_of', 'baselines', 'cut_at',
-           'ModelScorer', 'is_greedy', 'NGramScorer', 'mean_mark', 'gain', 'Standing', 'stand', 'standings_table',
+           'ModelScorer', 'is_greedy', 'NGramScorer', 'mean_mark', 'gain', 'TaskResult', 'stand', 'standings_table',
            'plain_sentences', 'swap_number', 'swap_far_number', 'swap_order', 'minimal_pairs', 'topic_task',
            'sums_task', 'recipe_task']
 
@@ -328,7 +328,7 @@ def gain(
     return Result(float(d.mean()), mean_of([*d, 1, -1]).stderr, len(d))
 
 # %% ../nbs/07c_harness.ipynb #7c000030
-class Standing(NamedTuple):
+class TaskResult(NamedTuple):
     "How a scorer does at a task, beside what it has to beat."
     task:str # its name
     result:Result # mean mark
@@ -345,15 +345,15 @@ def stand(
     task:Task, # what to ask
     scorer:Scorer, # whom
     rivals:dict[str, Scorer], # by name, such as `baselines(rest)`
-)->Standing: # with error bars
+)->TaskResult: # with error bars
     "Ask a scorer and its rivals the same questions."
     if not rivals: raise ValueError("there are 0 rivals: give at least chance, a number without a baseline says nothing")
     marks,others = task.marks(scorer),{name:task.marks(r) for name,r in rivals.items()}
     best = max(others, key=lambda name: others[name].mean())
-    return Standing(task.name, mean_mark(marks), {name:mean_mark(m) for name,m in others.items()}, best, gain(marks, others[best]))
+    return TaskResult(task.name, mean_mark(marks), {name:mean_mark(m) for name,m in others.items()}, best, gain(marks, others[best]))
 
 def standings_table(
-    standings:Sequence[Standing], # with the same rivals
+    standings:Sequence[TaskResult], # with the same rivals
 )->str: # Markdown
     "Every number with its bar, beside its baselines."
     rivals = list(dict.fromkeys(name for s in standings for name in s.rivals))
