@@ -75,6 +75,8 @@ def test_the_model_speaks_their_language(asked):
     assert lm.loglikelihood_rolling([request(text), request("salt")]) == pytest.approx([-asked.nats([("", t)])[0].sum() for t in (text, "salt")], abs=1e-5)
     asks = [("Boil", dict(until=["\n"], max_gen_toks=4)), ("Add", dict(until="e", max_gen_toks=6)), ("Cook", dict(until=["\n"], max_gen_toks=4))]
     assert lm.generate_until([request(*a) for a in asks]) == [asked.generate([p], how["max_gen_toks"], tuple(how["until"]))[0] for p, how in asks]
+    whole = asked.generate(["Add"], 6)[0]
+    assert lm.generate_until([request("Add", dict(until=whole[2]+"§", max_gen_toks=6)), request("Add", dict(until=whole[2], max_gen_toks=6))]) == [whole, whole[:whole.index(whole[2])]]
     for how in (dict(do_sample=True), dict(temperature=.5)):
         with pytest.raises(UserError, match="asks to draw"): lm.generate_until([request("a", how)])
     assert harness_lm(Constant(lambda a: 2.)).loglikelihood([request("a", "b")]) == [(-2., False)]
@@ -176,6 +178,8 @@ def test_a_question_with_its_answer_is_looked_for_too():
     task = Task("t", (question("one two three four five six seven", right="the answer"),), "{q}", Choose())
     assert said_with_answer(task) == ["one two three four five six seven the answer"]
     assert find_leaks(dict(t=task), ["one two three four five six seven"])["t"] == [None] and find_leaks(dict(t=task), ["one two three four five six seven, the answer"])["t"][0]
+    eight = Task("t", (question("one two three four five six seven", right="answer"),), "{q}", Choose())
+    assert find_leaks(dict(t=eight), ["zero one two three four five six seven answer"])["t"][0] and find_leaks(dict(t=eight), ["one two three four five six seven answer"], shortest=9)["t"] == [None]
     assert said_with_answer(sums_task([(1, 2)])) == ["1+2=3"] and says_exactly("", said_with_answer(sums_task([(1, 2)]))[0], "1+2=3")
 
 
