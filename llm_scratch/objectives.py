@@ -213,7 +213,7 @@ class Pace:
     "One run on the machine that will be used, to reckon others from."
     minutes:float=10. # that it trained
     depth:int=4 # layers of its model
-    n_steps:int=440 # updates
+    n_steps:int=760 # updates
     batch_size:int=4 # texts in each
     context_len:int=512 # tokens of each text
     words_per_second:float=100. # that its model writes

@@ -195,7 +195,7 @@ def test_settings_are_fields_of_a_preset_and_make_one():
         assert settings.keys() <= {f.name for f in fields(Preset)}
         made = replace(PRESETS["cpu"](), **settings)
         assert made.config.n_layers == settings["depth"] and made.cleaning in CLEANING
-    assert brief_settings(LEGAL_BRIEF) == dict(sources=("licences",), cleaning="full", depth=4, n_steps=440, batch_size=4, context_len=512)
+    assert brief_settings(LEGAL_BRIEF) == dict(sources=("licences",), cleaning="full", depth=4, n_steps=760, batch_size=4, context_len=512)
 
 
 @pytest.mark.parametrize("change, moved", [
@@ -242,7 +242,7 @@ def brief_limits(depth:int, pace:Pace)->bool: # would it write too slowly?
 
 
 def test_the_yardstick_itself_comes_out_and_speed_is_a_limit():
-    assert brief_budget(RECIPES_BRIEF) == (4, 440)
+    assert brief_budget(RECIPES_BRIEF) == (4, 760)
     assert brief_budget(replace(RECIPES_BRIEF, minutes=77.), Pace(minutes=77., depth=9, n_steps=123)) == (9, 123)
     fast = Pace(words_per_second=5.) # just what is asked for
     assert brief_budget(replace(RECIPES_BRIEF, minutes=1e4), fast)[0] == 4
@@ -261,7 +261,7 @@ def test_the_least_minutes_that_are_named_do():
 def test_shorter_texts_are_more_texts(longest):
     s = brief_settings(replace(RECIPES_BRIEF, longest=longest))
     assert s["context_len"] == longest and s["batch_size"] >= 1
-    assert s["n_steps"]*s["batch_size"]*longest == pytest.approx(440*2048, rel=.01)
+    assert s["n_steps"]*s["batch_size"]*longest == pytest.approx(760*2048, rel=.01)
 
 
 def test_sources_join_when_there_are_tokens_for_them():
@@ -295,7 +295,7 @@ def test_a_run_trains_decoders_and_says_so():
 
 def test_the_card_says_what_each_step_takes():
     card = brief_card(LEGAL_BRIEF)
-    for part in ("**legal**", "cleaning full", "guard level block", "clauses named rightly: at least 0.8", "500 dollars a month", "440 updates"): assert part in card
+    for part in ("**legal**", "cleaning full", "guard level block", "clauses named rightly: at least 0.8", "500 dollars a month", "760 updates"): assert part in card
     assert "dollars" not in brief_card(RECIPES_BRIEF)
 
 

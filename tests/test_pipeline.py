@@ -663,3 +663,42 @@ def test_a_terminal_shows_the_view_and_a_sample(untrained):
     frames = [re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", frame) for frame in text.split("update    ")]
     assert any(len([line for line in frame.splitlines() if line.strip()]) > 3 for frame in frames if "20 of 30" in frame or "30 of 30" in frame), "no sample below the numbers"
     assert f"weights in {untrained}/model" in text.replace("\r\n", "")
+
+
+# --- what the run is for ---------------------------------------------------------------------------------------------------
+
+def test_a_brief_changes_the_run_and_stays_with_it(tmp_path, monkeypatch):
+    from dataclasses import replace
+    from llm_scratch.objectives import LEGAL_BRIEF, RECIPES_BRIEF, load_brief, save_brief
+    monkeypatch.setattr(pipeline, "_documents", lambda run, workers: None)
+    assert call("data", "--run", tmp_path/"legal", "--brief", "legal")[0] == 0
+    run = open_run(tmp_path/"legal")
+    assert run.preset == pipeline.briefed(cpu(), LEGAL_BRIEF) != cpu() and load_brief(run.brief) == LEGAL_BRIEF and run.preset.sources == ("licences",)
+    save_brief(replace(RECIPES_BRIEF, minutes=1., longest=128), tmp_path/"mine.json")
+    assert call("data", "--run", tmp_path/"mine", "--brief", tmp_path/"mine.json")[0] == 0
+    mine = open_run(tmp_path/"mine").preset
+    assert mine.depth < cpu().depth and mine.context_len == 128 and load_brief(tmp_path/"mine"/"brief.json").longest == 128
+    assert call("data", "--run", tmp_path/"mine")[0] == 0 and open_run(tmp_path/"mine").preset == mine  # it stays what it was
+    status, _, err = call("data", "--run", tmp_path/"mine", "--brief", "legal")
+    assert status == 2 and "holds a run with sources=" in err and load_brief(tmp_path/"mine"/"brief.json").name == "recipes"
+    for wrong, said in (("poems", "there is no brief poems: give one of recipes, legal"), (__file__, "not valid JSON|JSON")):
+        status, _, err = call("data", "--run", tmp_path/"new", "--brief", wrong)
+        assert status == 2 and len(err.strip().splitlines()) == 1 and re.search(said, err) and not (tmp_path/"new").exists(), err
+
+
+@pytest.mark.parametrize("at_most, status", [(99., 0), (.01, 1)])
+def test_evaluate_holds_the_model_to_the_gates_of_its_brief(finished, tmp_path, at_most, status):
+    from dataclasses import replace
+    from shutil import copytree
+    from llm_scratch.objectives import RECIPES_BRIEF, Gate, save_brief
+    copytree(finished, tmp_path/"run")
+    gates = Gate("bits per byte, tiny", at_most=at_most), Gate("clauses named rightly", at_least=.8, step="finetune")  # the second is not for this step
+    save_brief(replace(RECIPES_BRIEF, gates=gates), tmp_path/"run"/"brief.json")
+    got, out, err = call("evaluate", "--run", tmp_path/"run")
+    assert got == status, err
+    lines = [line for line in err.strip().splitlines() if line.startswith("llm-scratch")]
+    assert len(lines) == status and (not lines or "1 of 1 gates of" in lines[0] and f"bits per byte, tiny: at most {at_most} (fail)" in lines[0])
+    for name in ("scorecard.html", "scorecard.md"):
+        page = (tmp_path/"run"/name).read_text(encoding="utf-8")
+        assert "promised" in page and ("fail" if status else "pass") in page and "clauses named" not in page
+    assert "promised" not in (finished/"scorecard.md").read_text(encoding="utf-8")
