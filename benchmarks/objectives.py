@@ -1,7 +1,7 @@
 """What counting reaches on real recipes, and what the trained model of the book says in its place.
 
     llm-scratch run                                  once: the model, in runs/cpu
-    llm-scratch run --preset cpu --sources licences --clean full --run runs/legal     once: what the second brief asks for
+    llm-scratch run --brief legal --run runs/legal      once: what the second brief asks for
     python benchmarks/objectives.py                  minutes on one core
     python benchmarks/objectives.py --run runs/mine
     python benchmarks/objectives.py --tiny           seconds, for a test: the numbers say nothing
