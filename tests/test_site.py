@@ -127,7 +127,7 @@ def test_a_reader_in_chromium(site):
     report = read_in_chromium(site, "--search", "nucleus=generation.html")
     assert report["problems"] == []
     assert report["pages"] == len(list(site.glob("*.html"))) and report["formulas"] > 20
-    assert report["followers"] == ["inside.html", "vocabulary.html"]  # the explorers' pictures follow their sliders, with no Python behind them
+    assert report["followers"] == ["costs.html", "inside.html", "vocabulary.html"]  # the explorers' pictures follow their sliders, with no Python behind them
 
 
 def widgets(page:Path)->list[dict]:
