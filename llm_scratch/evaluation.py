@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['Result', 'mean_of', 'share_of', 'half_width', 'Difference', 'paired_difference', 'holm', 'ratio_of', 'bits_per_byte',
-           'token_nats', 'NGram', 'train_ngram', 'looks_like_recipe', 'counts_steps']
+           'score_windows', 'window_batch', 'token_nats', 'NGram', 'train_ngram', 'looks_like_recipe', 'counts_steps']
 
 # %% ../nbs/07_evaluation.ipynb #f15a3776
 import math
@@ -131,7 +131,7 @@ def bits_per_byte(
     return ratio_of(np.asarray(nats, dtype=float)/math.log(2), n_bytes)
 
 # %% ../nbs/07_evaluation.ipynb #4700e665
-def _windows(n:int, context_len:int)->Iterator[tuple[int, int, int]]: # start of the window; first and end of what it scores
+def score_windows(n:int, context_len:int)->Iterator[tuple[int, int, int]]: # start of the window; first and end of what it scores
     "Windows over a document of `n` ids that overlap by half and together score every id after the first, once."
     start,first = 0,1
     while first < n:
@@ -140,7 +140,7 @@ def _windows(n:int, context_len:int)->Iterator[tuple[int, int, int]]: # start of
         start,first = start+max(1, context_len//2),end
 
 # %% ../nbs/07_evaluation.ipynb #768137fc
-def _batch(windows:list[tuple], docs:list[np.ndarray])->tuple[torch.Tensor, torch.Tensor]: # `ids` and `targets`, `(B,T)`; -1 for what is not scored
+def window_batch(windows:list[tuple], docs:list[np.ndarray])->tuple[torch.Tensor, torch.Tensor]: # `ids` and `targets`, `(B,T)`; -1 for what is not scored
     "Windows as rows, filled up on the right."
     T = max(end-1-start for _,start,_,end in windows)
     ids_BT,targets_BT = torch.zeros(len(windows), T, dtype=torch.int64),torch.full((len(windows), T), -1)
@@ -160,11 +160,11 @@ def token_nats(
     "How surprised the model is by every token; long documents by windows that overlap by half."
     docs = [np.asarray(doc, dtype=np.int64) for doc in docs]
     nats,device = [np.zeros(len(doc[1:])) for doc in docs],next(model.parameters()).device
-    windows = [(i, *w) for i,doc in enumerate(docs) for w in _windows(len(doc), model.cfg.context_len)]
+    windows = [(i, *w) for i,doc in enumerate(docs) for w in score_windows(len(doc), model.cfg.context_len)]
     windows.sort(key=lambda w: w[3]-w[1])
     for at in range(0, len(windows), batch_size):
         some = windows[at:at+batch_size]
-        ids_BT,targets_BT = _batch(some, docs)
+        ids_BT,targets_BT = window_batch(some, docs)
         logits_BTV = model(ids_BT.to(device)).float()
         nats_BT = F.cross_entropy(logits_BTV.flatten(0, 1), targets_BT.flatten().to(device), ignore_index=-1, reduction="none").view_as(targets_BT).double().cpu()
         for (i,_,first,end),row,targets in zip(some, nats_BT, targets_BT): nats[i][first-1:end-1] = row[targets != -1]

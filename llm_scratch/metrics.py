@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['match_counts', 'bleu_of', 'halved', 'bleu', 'chrf', 'rouge', 'same_text', 'split_words', 'distinct', 'repetition',
            'longest_repeat', 'self_bleu', 'divergence_curve', 'mauve_area', 'hashed_features', 'hidden_features',
-           'mauve_like', 'memorisation_rate', 'metric_module', 'context_curve']
+           'mauve_like', 'memorisation_rate', 'metric_module']
 
 # %% ../nbs/07e_metrics.ipynb #07e003
 import math
@@ -287,23 +287,3 @@ def metric_module(
 
     Ours.__name__ = name
     return Ours(keep_in_memory=True)
-
-# %% ../nbs/07e_metrics.ipynb #07e065
-@torch.no_grad()
-def context_curve(
-    model:Decoder, # ids `(B,T)` to logits `(B,T,V)`, causal, in eval mode if it has one
-    docs:Sequence[Sequence[int]], # ids of each document; those with fewer than `max(contexts)+n_targets` are left out
-    contexts:Sequence[int], # how many ids are given
-    n_targets:int=16, # ids of each document that are guessed, the same for each context
-)->dict[int, Result]: # nats per token by context, over documents
-    "How the loss falls when more of the past is given, on the same targets."
-    longest = max(contexts)
-    rows = [list(d[:longest+n_targets]) for d in docs if len(d) >= longest+n_targets]
-    if not rows: raise ValueError(f"no document has {longest}+{n_targets} ids: give longer ones or a shorter context")
-    ids_BT,out = torch.tensor(rows),{}
-    for c in contexts:
-        seen_BTc = ids_BT[:,longest-c:].unfold(1, c+1, 1) # the last id of each window is the target
-        logits_BTV = torch.stack([model(seen_BTc[:,t,:-1])[:,-1] for t in range(n_targets)], 1)
-        nats_BT = torch.nn.functional.cross_entropy(logits_BTV.flatten(0, 1), seen_BTc[:,:,-1].flatten(), reduction="none").view(len(rows), -1)
-        out[c] = mean_of(nats_BT.mean(1).tolist())
-    return out

@@ -23,7 +23,7 @@ import torch
 import torch.nn.functional as F
 
 from .architecture import Decoder, cache_bytes, flops_per_token
-from .evaluation import Result, _batch, _windows, bits_per_byte, ratio_of
+from .evaluation import Result, window_batch, score_windows, bits_per_byte, ratio_of
 from .generation import stream
 
 # %% ../nbs/07b_perplexity.ipynb #c7b010
@@ -69,10 +69,10 @@ class Predictions:
 # %% ../nbs/07b_perplexity.ipynb #c7b025
 def _scored(logits_of:Callable, docs:list[np.ndarray], context_len:int, batch_size:int, device:str)->Iterator[tuple[int, np.ndarray, np.ndarray, torch.Tensor]]: # document, places of tokens, ids given before each, logits `(n,V)` for them
     "Every token after the first of each document, window by window."
-    windows = sorted(((i, *w) for i,doc in enumerate(docs) for w in _windows(len(doc), context_len)), key=lambda w: w[3]-w[1])
+    windows = sorted(((i, *w) for i,doc in enumerate(docs) for w in score_windows(len(doc), context_len)), key=lambda w: w[3]-w[1])
     for at in range(0, len(windows), batch_size):
         some = windows[at:at+batch_size]
-        with torch.no_grad(): logits_BTV = logits_of(_batch(some, docs)[0].to(device)).float()
+        with torch.no_grad(): logits_BTV = logits_of(window_batch(some, docs)[0].to(device)).float()
         for (i,start,first,end),logits_TV in zip(some, logits_BTV): yield i, np.arange(first, end), np.arange(first, end)-start, logits_TV[first-1-start:end-1-start]
 
 def predict(

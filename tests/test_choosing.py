@@ -5,7 +5,7 @@ from dataclasses import fields, replace
 import pytest
 from hypothesis import assume, given, settings, strategies as st
 
-from llm_scratch.choosing import (OPTIONS, PEAK, RIGHTS, Flip, Option, Situation, even_months, even_requests, expected_quality, explain, flips, judge, load, price_flips, recommend, running, situation_of, swings, total)
+from llm_scratch.choosing import (OPTIONS, PEAK, RIGHTS, Flip, Option, Situation, even_months, even_requests, expected_quality, explain, flips, judge, machines_busy, price_flips, recommend, running_cost, situation_of, swings, total_cost)
 from llm_scratch.core import UserError
 from llm_scratch.objectives import LEGAL_BRIEF, RECIPES_BRIEF
 
@@ -22,22 +22,22 @@ quick = settings(max_examples=60, deadline=None)
 def test_an_api_by_hand():
     s = Situation(1000, tokens_in=500, tokens_out=100, months=12)
     month = 1000*365/12*(500*2.5 + 100*10)/1e6
-    assert running(OPTIONS["API"], s) == pytest.approx(month) and total(OPTIONS["API"], s) == pytest.approx(5000 + 12*(500 + month))
-    assert total(OPTIONS["API"], s, 0) == 5000 and total(OPTIONS["API"], s, 3) == pytest.approx(5000 + 3*(500 + month))
+    assert running_cost(OPTIONS["API"], s) == pytest.approx(month) and total_cost(OPTIONS["API"], s) == pytest.approx(5000 + 12*(500 + month))
+    assert total_cost(OPTIONS["API"], s, 0) == 5000 and total_cost(OPTIONS["API"], s, 3) == pytest.approx(5000 + 3*(500 + month))
 
 
 def test_a_machine_by_hand():
     option = replace(OPTIONS["fine-tuned"], speed=100., machine=300)
     s = Situation(86_400, tokens_in=100, tokens_out=40) # one request a second, 50 tokens' worth of writing
-    assert load(option, s) == pytest.approx(PEAK*50/100) and running(option, s) == pytest.approx(300*PEAK/2)
-    assert running(option, replace(s, requests_per_day=10)) == 300 # a whole machine waits
-    assert load(OPTIONS["API"], s) == 0
+    assert machines_busy(option, s) == pytest.approx(PEAK*50/100) and running_cost(option, s) == pytest.approx(300*PEAK/2)
+    assert running_cost(option, replace(s, requests_per_day=10)) == 300 # a whole machine waits
+    assert machines_busy(OPTIONS["API"], s) == 0
 
 
 @given(options, anything, st.floats(1.01, 10))
 def test_costs_never_fall_when_more_is_asked(option, s, more):
-    for name in ("requests_per_day", "tokens_in", "tokens_out", "months"): assert total(option, replace(s, **{name: getattr(s, name)*more})) >= total(option, s)
-    assert total(option, s) > option.setup
+    for name in ("requests_per_day", "tokens_in", "tokens_out", "months"): assert total_cost(option, replace(s, **{name: getattr(s, name)*more})) >= total_cost(option, s)
+    assert total_cost(option, s) > option.setup
 
 
 @given(options, options, anything)
@@ -45,18 +45,18 @@ def test_months_at_which_two_are_even(a, b, s):
     m = even_months(a, b, s)
     assert m > 0 and even_months(b, a, s) == m
     if math.isfinite(m):
-        assert total(a, s, m) == pytest.approx(total(b, s, m), rel=1e-9)
-        assert (total(a, s, m/2) - total(b, s, m/2))*(total(a, s, 2*m) - total(b, s, 2*m)) <= 0
-    else: assert a == b or (a.setup - b.setup)*((a.care + running(a, s)) - (b.care + running(b, s))) >= 0 # dearer from the start, and for ever
+        assert total_cost(a, s, m) == pytest.approx(total_cost(b, s, m), rel=1e-9)
+        assert (total_cost(a, s, m/2) - total_cost(b, s, m/2))*(total_cost(a, s, 2*m) - total_cost(b, s, 2*m)) <= 0
+    else: assert a == b or (a.setup - b.setup)*((a.care + running_cost(a, s)) - (b.care + running_cost(b, s))) >= 0 # dearer from the start, and for ever
 
 
 @given(options, options, anything)
 def test_requests_at_which_two_are_even_are_all_found(a, b, s):
     assume(a != b)
-    gap = lambda r: total(a, at := replace(s, requests_per_day=r)) - total(b, at)
+    gap = lambda r: total_cost(a, at := replace(s, requests_per_day=r)) - total_cost(b, at)
     roots = even_requests(a, b, s)
     assert roots == sorted(roots) and all(r > 0 for r in roots)
-    for r in roots: assert abs(gap(r)) <= 1e-9*total(a, replace(s, requests_per_day=r))
+    for r in roots: assert abs(gap(r)) <= 1e-9*total_cost(a, replace(s, requests_per_day=r))
     assert even_requests(b, a, s) == pytest.approx(roots)
     cuts = [0, *roots, max(roots, default=1e6)*4]
     for low, high in zip(cuts, cuts[1:]): # one sign between two roots
@@ -97,7 +97,7 @@ def test_the_advice_is_the_cheapest_that_nothing_stands_against(s):
     advice = recommend(s)
     free = [o for o in OPTIONS.values() if not judge(o, s).objections]
     assert [j.dollars for j in advice.judgements] == sorted(j.dollars for j in advice.judgements) and len(advice.judgements) == len(OPTIONS)
-    if free: assert advice.best.dollars == min(total(o, s) for o in free) and advice.best.option in free
+    if free: assert advice.best.dollars == min(total_cost(o, s) for o in free) and advice.best.option in free
     else: assert advice.best is None and advice.name == "none"
     assert not (s.private and advice.name == "API")
 

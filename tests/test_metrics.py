@@ -12,8 +12,8 @@ from torch.testing import assert_close
 
 from llm_scratch.architecture import Decoder, ModelConfig, init_weights
 from llm_scratch.core import UserError
-from llm_scratch.evaluation import bits_per_byte, mean_of, share_of, token_nats
-from llm_scratch.metrics import (bleu, bleu_of, chrf, context_curve, distinct, divergence_curve, halved, hashed_features, hidden_features, longest_repeat, match_counts,
+from llm_scratch.evaluation import bits_per_byte, mean_of, share_of
+from llm_scratch.metrics import (bleu, bleu_of, chrf, distinct, divergence_curve, halved, hashed_features, hidden_features, longest_repeat, match_counts,
                                  mauve_area, mauve_like, memorisation_rate, metric_module, repetition, rouge, same_text, self_bleu, split_words)
 
 some = partial(settings, max_examples=60, deadline=None, database=None)
@@ -202,21 +202,6 @@ def test_a_document_is_memorised_when_all_of_it_comes_out():
     assert memorisation_rate(Next(), docs, 2, 5) == share_of(2, 4) and memorisation_rate(Next(), docs, 2, 3).mean == .75
     assert memorisation_rate(Next(), docs, 3, 3).mean == .75
     with pytest.raises(ValueError, match="leave the short ones out"): memorisation_rate(Next(), docs)
-
-
-def test_context_that_is_not_used_changes_nothing():
-    docs = [list(range(1, 15)), [5]*14, [2, 4]*7, [1, 2, 3]]
-    curve = context_curve(Next(), docs, (1, 4, 8), n_targets=3)
-    assert [r.n for r in curve.values()] == [3]*3 and curve[1].mean == pytest.approx(curve[8].mean) == pytest.approx(curve[4].mean)
-    model = init_weights(Decoder(CFG), seed=0)
-    for p in model.parameters(): p.data += .3*torch.randn(p.shape, generator=torch.Generator().manual_seed(p.numel()))
-    long = [d for d in docs if len(d) > 9]
-    full = context_curve(model, long, (2, 8), n_targets=1)
-    assert full[8].mean == pytest.approx(np.mean([x[7] for x in token_nats(model, [d[:9] for d in long])]), abs=1e-4)
-    assert full[2].mean == pytest.approx(np.mean([x[1] for x in token_nats(model, [d[6:9] for d in long])]), abs=1e-4)
-    two = context_curve(model, long, (2,), n_targets=2)[2]
-    assert two.mean == pytest.approx(np.mean([token_nats(model, [d[t-2:t+1]])[0][1] for d in long for t in (2, 3)]), abs=1e-4)
-    with pytest.raises(ValueError, match=r"no document has 8\+9 ids"): context_curve(Next(), docs, (8,), 9)
 
 
 # --- modules of evaluate --------------------------------------------------------------------------------------------

@@ -55,7 +55,7 @@ MAY_IMPORT = {
     "stability": {"core", "checkpointing", "engines", "monitoring", "pretraining"},
     "watching": {"pretraining"},  # what an update says of itself
     "optimizers": {"pretraining"},
-    "scaling": {"core", "architecture"},
+    "scaling": {"core", "architecture", "costs"},  # the law, of which chapter 01a has the published ones
     "evaluation": {"core"},
     "comparison": {"core", "evaluation"},
     "perplexity": {"architecture", "evaluation", "generation"},
