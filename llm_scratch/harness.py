@@ -335,6 +335,7 @@ class TaskResult(NamedTuple):
     rivals:dict[str, Result] # mean marks of the baselines
     best:str # name of the best rival
     gain:Result # over that one, in pairs
+    marks:np.ndarray # its own, one for each doc
 
     @property
     def verdict(self)->str: # `better`, `worse`, or `noise` when the interval of the gain holds 0
@@ -350,7 +351,7 @@ def stand(
     if not rivals: raise ValueError("there are 0 rivals: give at least chance, a number without a baseline says nothing")
     marks,others = task.marks(scorer),{name:task.marks(r) for name,r in rivals.items()}
     best = max(others, key=lambda name: others[name].mean())
-    return TaskResult(task.name, mean_mark(marks), {name:mean_mark(m) for name,m in others.items()}, best, gain(marks, others[best]))
+    return TaskResult(task.name, mean_mark(marks), {name:mean_mark(m) for name,m in others.items()}, best, gain(marks, others[best]), marks)
 
 def standings_table(
     standings:Sequence[TaskResult], # with the same rivals

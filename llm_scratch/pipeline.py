@@ -7,8 +7,8 @@ __all__ = ['PRESETS', 'BRIEFS', 'IMPORT', 'Watch', 'CLEANING', 'MOST_READ', 'SAM
            'gpu', 'cluster', 'open_brief', 'briefed', 'Run', 'open_run', 'start_run', 'quietly', 'cleaning_stages',
            'prepare_documents', 'prepare_tokens', 'read_log', 'preset_layout', 'check_memory', 'free_bytes', 'pretrain',
            'model_card', 'save_pretrained', 'write_texts', 'read_results', 'evaluate_run', 'run_verdicts', 'scorecard',
-           'save_scorecard', 'stream_text', 'main', 'preset_plan', 'preset_rows', 'is_imported', 'import_hf',
-           'import_gguf', 'open_imported', 'export_hf', 'export_gguf']
+           'save_scorecard', 'save_report', 'stream_text', 'main', 'preset_plan', 'preset_rows', 'is_imported',
+           'import_hf', 'import_gguf', 'open_imported', 'export_hf', 'export_gguf']
 
 # %% ../nbs/12_pipeline.ipynb #0e203540
 import codecs
@@ -25,9 +25,10 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import closing, contextmanager
 from dataclasses import asdict, dataclass, fields, replace
 from functools import partial
+from html import escape
 from itertools import islice
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, NamedTuple
 
 import numpy as np
 import torch
@@ -39,23 +40,29 @@ from .architecture import Decoder, ModelConfig, init_weights, load_model, n_para
 from .backward import quick_training
 from .cleaning import basic_stages, full_stages, listed_words, quality_texts, train_quality
 from .checkpointing import clear_leftovers, keep_last, latest, run_lock, saved
+from .comparison import leaderboard_text
 from .core import UserError, atomic_path, read_json, write_json
 from .curation import curate, curation_notes, read_curated
 from .data import SOURCES, Document, load_corpus, load_documents, nearest, save_documents, split_corpus, tiny_corpus, to_dataset
 from .duplicates import Decontaminate
 from .engines import ENGINES, Engine, end_rank, is_loss_of_contact, make_engine, speaks_first
-from .evaluation import Result, bits_per_byte, counts_steps, looks_like_recipe, mean_of, ratio_of, share_of, token_nats, train_ngram
+from .bridge import QUESTION_SETS, find_leaks, load_questions
+from .evaluation import NGram, bits_per_byte, counts_steps, looks_like_recipe, mean_of, ratio_of, share_of, train_ngram
 from .generation import Cache, sample, stream
 from .interchange import TOKENIZER_FILES, copy_tokenizer, find_tensors, load_hf, load_special_ids, save_hf
+from .harness import ModelScorer, NGramScorer, TaskResult, baselines, stand
 from .infrastructure import HardwareSampler, doctor_rows, hardware_report, local_preflight, measured_rows, preflight_rank, read_memory
 from .launching import WAYS, launch, launch_text, make_job
 from .llamacpp import load_gguf, read_gguf, save_gguf, write_modelfile
+from .metrics import memorisation_rate
 from .monitoring import Monitors, open_monitors, read_rows, write_monitoring
 from .objectives import LEGAL_BRIEF, RECIPES_BRIEF, Brief, Pace, Verdict, brief_settings, check_gates, gate_rows, gates_hold, load_brief, save_brief
+from .perplexity import Predictions, predict
 from .planning import CHIPS, SHAPES, Chip, Layout, Machines, TrainingPlan, checkpoint_blocks, peak_memory, plan_report, plan_rows, room, step_time
 from .pretraining import Batches, Step, TrainState, load_checkpoint, make_adamw, make_optimizers, save_checkpoint, train, wsd
 from .privacy import RedactPII
 from .rates import cosine, linear
+from .report import compare_runs, cost_figure, html_page, html_table, item_rows, language_rows, loss_figure, nats_of_docs, reliability_figure, report_row, speed_gates, speed_rows, svg_of, task_figure, task_rows, text_tasks, writing_rows
 from .sources import Stage, open_streams
 from .stability import compile_auto, explained
 from .tokenization import HubTokenizer, Shards, Tokenizer, load_tokenizer, save_tokenizer, train_bpe, write_shards
@@ -206,6 +213,9 @@ class Run:
     log = property(lambda self: self.folder/"log.jsonl", doc="One line per update.")
     model = property(lambda self: self.folder/"model", doc="The finished model, which `transformers` opens too.")
     results = property(lambda self: self.folder/"results.jsonl", doc="One line per figure of the scorecard.")
+    speed = property(lambda self: self.folder/"speed.jsonl", doc="Like `results`, for what is never the same twice: times.")
+    items = property(lambda self: self.folder/"items.jsonl", doc="Figures by document or question, to compare runs with.")
+    report = property(lambda self: self.folder/"report.html", doc="All that was measured, with plots.")
     samples = property(lambda self: self.folder/"samples.json", doc="Texts that the model wrote.")
 
 def open_run(
@@ -533,26 +543,47 @@ def write_texts(
     return [tok.decode(row[:row.index(tok.eot_id)] if tok.eot_id in row else row) for row in ids_BT[:,1:].tolist()]
 
 # %% ../nbs/12_pipeline.ipynb #93b34690
-def _row(step:str, name:str, result:Result, goal:str="")->dict: return dict(step=step, name=name, goal=goal) | asdict(result)
-
 def _byte_docs(texts:Iterable[str])->Iterator[list[int]]: return ([256, *t.encode("utf-8")] for t in texts)
 
-def _surprise(run:Run, model:Decoder, watch:Watch)->Iterator[dict]:
-    "Bits per byte of every source: of the model, of a 5-gram of bytes, and of a 5-gram of the model's own tokens."
-    splits,shards,held = load_documents(run.documents),_shards(run, "train"),_shards(run, "validation")
+def _timed(score:Callable[[], object])->tuple[object, float]: # what it gives, seconds of CPU
+    start = time.process_time()
+    return score(),time.process_time()-start
+
+class _Seen(NamedTuple):
+    "What came of the held-out texts."
+    rows:list[dict] # of the report
+    items:dict[str, list] # by figure and document
+    said:Predictions # of the model
+    points:dict[str, tuple] # seconds of CPU per kilobyte, and bits per byte
+    counter:NGram # of the model's own tokens
+
+def _counters(run:Run, watch:Watch)->dict[str, NGram]:
+    "A 5-gram of bytes and one of tokens, of the training texts."
+    splits,shards = load_documents(run.documents),_shards(run, "train")
     n = min(MOST_READ, shards.n_docs)
-    counted = dict(bytes=train_ngram(watch(_byte_docs(_texts(splits["train"], n)), "count bytes", n), 257),
-                   tokens=train_ngram(watch(islice(shards.docs(), n), "count tokens", n), shards.vocab_size))
-    for name in dict.fromkeys(splits["validation"]["source"]):
-        docs,texts = zip(*((ids.tolist(), d["text"]) for ids,d in zip(held.docs(), splits["validation"]) if d["source"] == name))
-        n_bytes,ours,is_main = [len(t.encode("utf-8")) for t in texts],[x.sum() for x in token_nats(model, docs)],run.preset.sources == ("recipes",)
-        yield _row("tokenize", f"bytes per token, {name}", ratio_of(n_bytes, [len(d)-1 for d in docs]))
-        yield _row("evaluate", f"bits per byte, {name}", bits_per_byte(ours, n_bytes), "below 1.25" if is_main else "")
-        for unit,units in dict(bytes=_byte_docs(texts), tokens=docs).items():
-            theirs = [x.sum() for x in counted[unit].token_nats(units)]
-            share = ratio_of(ours, theirs)
-            yield _row("evaluate", f"bits per byte, 5-gram of {unit}, {name}", bits_per_byte(theirs, n_bytes))
-            yield _row("evaluate", f"bits saved, 5-gram of {unit}, {name}", replace(share, mean=1-share.mean), "at least 0.25" if is_main and unit == "bytes" else "")
+    return dict(bytes=train_ngram(watch(_byte_docs(_texts(splits["train"], n)), "count bytes", n), 257),
+                tokens=train_ngram(watch(islice(shards.docs(), n), "count tokens", n), shards.vocab_size))
+
+def _surprise(run:Run, model:Decoder, watch:Watch)->_Seen:
+    "Every source before the model, a 5-gram of bytes, and a 5-gram of the model's own tokens."
+    held,counted,rows,items = load_documents(run.documents)["validation"],_counters(run, watch),[],{}
+    texts,domains,docs = held["text"][:],held["source"][:],[ids.tolist() for ids in _shards(run, "validation").docs()]
+    sizes = np.array([len(t.encode("utf-8")) for t in texts])
+    said,seconds = _timed(lambda: predict(model, docs, model.cfg.context_len))
+    nats,points = dict(model=np.array([x.sum() for x in nats_of_docs(said, len(docs))])),dict(model=seconds)
+    for unit,units in dict(bytes=_byte_docs(texts), tokens=docs).items():
+        nats[unit],points[f"5-gram of {unit}"] = _timed(lambda: np.array([x.sum() for x in counted[unit].token_nats(units)]))
+    for name in dict.fromkeys(domains):
+        at,is_main = [i for i,d in enumerate(domains) if d == name],run.preset.sources == ("recipes",)
+        rows += [report_row(f"bytes per token, {name}", ratio_of(sizes[at], [len(docs[i])-1 for i in at]), step="tokenize"),
+                 report_row(f"bits per byte, {name}", bits_per_byte(nats["model"][at], sizes[at]), "below 1.25" if is_main else "")]
+        items[f"bits per byte, {name}"] = list(zip(nats["model"][at]/math.log(2), sizes[at]))
+        for unit in counted:
+            share = ratio_of(nats["model"][at], nats[unit][at])
+            rows += [report_row(f"bits per byte, 5-gram of {unit}, {name}", bits_per_byte(nats[unit][at], sizes[at])),
+                     report_row(f"bits saved, 5-gram of {unit}, {name}", replace(share, mean=1-share.mean), "at least 0.25" if is_main and unit == "bytes" else "")]
+    points = {name:(1000*s/sizes.sum(), bits_per_byte(x, sizes)) for (name, s),x in zip(points.items(), nats.values())}
+    return _Seen([*rows, *language_rows(said, sizes, domains)], items, said, points, counted["tokens"])
 
 # %% ../nbs/12_pipeline.ipynb #e9ac7730
 def _titles(run:Run)->list[str]:
@@ -561,8 +592,8 @@ def _titles(run:Run)->list[str]:
     return [f"{t.partition(chr(10))[0]}\n\n" if t.startswith("# ") else " ".join(t.split()[:5]) for t in texts]
 
 def _recipe_form(texts:list[str])->Iterator[dict]:
-    yield _row("evaluate", "samples in the form of a recipe", share_of(sum(map(looks_like_recipe, texts)), len(texts)), "at least 0.9")
-    yield _row("evaluate", "samples whose steps are counted without a gap", share_of(sum(looks_like_recipe(t) and counts_steps(t) for t in texts), len(texts)))
+    yield report_row("samples in the form of a recipe", share_of(sum(map(looks_like_recipe, texts)), len(texts)), "at least 0.9")
+    yield report_row("samples whose steps are counted without a gap", share_of(sum(looks_like_recipe(t) and counts_steps(t) for t in texts), len(texts)))
 
 def _writing(run:Run, model:Decoder, watch:Watch)->Iterator[dict]:
     "Form and novelty of samples; the samples are saved."
@@ -572,8 +603,19 @@ def _writing(run:Run, model:Decoder, watch:Watch)->Iterator[dict]:
     copied = list(nearest(watch(texts, "look for copies", len(texts)), train_texts))
     write_json(run.samples, [dict(prompt=p, text=t, nearest=share) for p,t,(_,share) in zip(titles, texts, copied)])
     if run.preset.sources in (("recipes",), ("tiny",)): yield from _recipe_form(texts)
-    yield _row("evaluate", "shared with the nearest training text, samples", mean_of([share for _,share in copied]), "like real ones")
-    yield _row("evaluate", "shared with the nearest training text, real", mean_of([share for _,share in nearest(held_out, train_texts)]))
+    yield report_row("shared with the nearest training text, samples", mean_of([share for _,share in copied]), "like real ones")
+    yield report_row("shared with the nearest training text, real", mean_of([share for _,share in nearest(held_out, train_texts)]))
+    yield from writing_rows(texts, held_out)
+    read = [ids.tolist() for ids in islice(_shards(run, "train").docs(), MOST_READ) if len(ids) >= 48][:100] # 32 ids are given, 16 must come
+    if read and model.cfg.context_len >= 48: yield report_row("training texts continued word for word", memorisation_rate(model, read), "0")
+
+def _questions(run:Run, model:Decoder, counter:NGram, names:tuple[str, ...], watch:Watch)->tuple[list[TaskResult], list[dict]]: # how it stands, and rows on leaks
+    "Questions made of the held-out texts, and those of others that were asked for."
+    tok,splits = load_tokenizer(run.tokenizer),load_documents(run.documents)
+    asked = [(t, replace(t, docs=())) for t in text_tasks(splits["validation"]["text"][:], seed=run.seed)] + [load_questions(name).draw(200, run.seed) for name in names]
+    standings = [stand(t, ModelScorer(model, tok), baselines(rest) | {"5-gram":NGramScorer(counter, tok)}) for t,rest in watch(asked, "ask questions", len(asked))]
+    leaks = find_leaks({t.name:t for t,_ in asked if t.name in names}, list(_texts(splits["train"], MOST_READ)))
+    return standings,[report_row(f"questions that the training text has seen, {name}", share_of(sum(l is not None for l in found), len(found)), "0") for name,found in leaks.items()]
 
 # %% ../nbs/12_pipeline.ipynb #e7d60c7f
 def read_results(
@@ -583,24 +625,39 @@ def read_results(
     if not run.results.exists(): raise _missing(run, run.results, "evaluate")
     return _read_lines(run.results)
 
+def _read_items(run:Run)->list[dict]:
+    "Figures by document and question, as `item_rows` made them."
+    if not run.items.exists(): raise _missing(run, run.items, "evaluate")
+    return _read_lines(run.items)
+
 def evaluate_run(
     run:Run, # with a model
     watch:Watch=quietly, # shows progress
+    questions:tuple[str, ...]=(), # of `QUESTION_SETS`, to ask as well; they are fetched
 )->list[dict]: # the figures, as `read_results` gives them
-    "Step 7: measure the model, write some texts, and make the scorecard."
+    "Step 7: measure the model, write some texts, and make the scorecard and the report."
     if not run.model.exists(): raise _missing(run, run.model, "pretrain")
     model = load_model(run.model)
-    rows = [*_surprise(run, model, watch), *_writing(run, model, watch)]
+    seen = _surprise(run, model, watch)
+    standings,leaks = _questions(run, model, seen.counter, questions, watch)
+    rows = [*seen.rows, *task_rows(standings), *leaks, *_writing(run, model, watch)]
     for row in rows: row["seed"] = run.seed
     _write_lines(run.results, rows)
+    _write_lines(run.items, list(item_rows(seen.items | {f"right, {s.task}":[(m, 1) for m in s.marks] for s in standings})))
+    _write_lines(run.speed, _speed(run, model))
     save_scorecard(run)
+    save_report(run, seen, standings)
     return rows
+
+def _speed(run:Run, model:Decoder)->list[dict]:
+    "Times of writing behind the beginnings of held-out texts."
+    docs,texts = [ids.tolist() for ids in _shards(run, "validation").docs()],load_documents(run.documents)["validation"]["text"][:]
+    given = docs[0][:min(16, model.cfg.context_len//4)]
+    return speed_rows(model, torch.tensor([given]), min(64, model.cfg.context_len-len(given)), sum(map(len, docs))/sum(len(t.split()) for t in texts))
 
 # %% ../nbs/12_pipeline.ipynb #1c70ddc2
 def _figure(run:Run)->str:
     "Loss over the run, and lengths of the documents, as SVG."
-    import io
-    import matplotlib
     from matplotlib.figure import Figure
     log,texts = read_log(run),_texts(load_documents(run.documents)["train"], MOST_READ)
     width = max(1, len(log)//50)
@@ -609,9 +666,7 @@ def _figure(run:Run)->str:
     left,right = fig.subplots(1, 2)
     left.plot(range(width, width+len(smooth)), smooth); left.set(xlabel="update", ylabel="nats per token", title=f"training loss, mean of {width}")
     right.hist([len(t.encode("utf-8")) for t in texts], bins=40); right.set(xlabel="bytes", ylabel="documents", title="lengths of the training texts")
-    out = io.StringIO()
-    with matplotlib.rc_context({"svg.hashsalt": "llm_scratch"}): fig.savefig(out, format="svg", metadata=dict.fromkeys(("Date", "Creator", "Format", "Type")))
-    return out.getvalue().partition("<svg")[2].join(["<svg", ""])
+    return svg_of(fig)
 
 def _facts(run:Run)->list[tuple[str, str]]:
     "What the run was, in words and numbers."
@@ -630,8 +685,13 @@ def _table(rows:list[dict])->list[tuple[str, ...]]:
 def run_verdicts(
     run:Run, # evaluated
 )->list[Verdict]: # one for each gate that `evaluate` can judge; none without a brief
-    "Which promises of the run's brief were kept."
-    return check_gates(load_brief(run.brief), read_results(run), "evaluate") if run.brief.exists() else []
+    "Which promises of the run's brief were kept: its gates, and how long its users wait."
+    if not run.brief.exists(): return []
+    brief = load_brief(run.brief)
+    timed = [g for g in speed_gates(brief) if g.metric not in {own.metric for own in brief.gates}]
+    return check_gates(replace(brief, gates=(*brief.gates, *timed)), [*read_results(run), *_read_lines(run.speed)], "evaluate")
+
+def _wished(rows:list[dict])->list[dict]: return [r for r in rows if r["goal"] or r["name"].startswith("bits per byte")] # what a scorecard shows; the report has all
 
 _PROMISES = "promised","found","verdict"
 _COLUMNS = "step","figure","value ± standard error","n","goal"
@@ -642,35 +702,41 @@ def scorecard(
     "What the run was and how good its model is."
     kept = [f"| {' | '.join(row)} |" for row in gate_rows(run_verdicts(run))]
     lines = ["# Scorecard", "", "| | |", "|---|---|", *(f"| {k} | {v} |" for k,v in _facts(run)), "",
-             f"| {' | '.join(_COLUMNS)} |", "|---|---|---|---|---|", *(f"| {' | '.join(row)} |" for row in _table(read_results(run))), "",
+             f"| {' | '.join(_COLUMNS)} |", "|---|---|---|---|---|", *(f"| {' | '.join(row)} |" for row in _table(_wished(read_results(run)))), "",
              *([f"| {' | '.join(_PROMISES)} |", "|---|---|---|", *kept, ""] if kept else [])]
     for s in read_json(run.samples)[:3]: lines += ["```", s["text"].strip(), "```", ""]
     return "\n".join(lines)
 
 # %% ../nbs/12_pipeline.ipynb #305b8eba
-_STYLE = """:root { color-scheme: light dark; } body { font: 16px/1.5 system-ui, sans-serif; max-width: 52rem; margin: 2rem auto; padding: 0 1rem; }
-table { border-collapse: collapse; width: 100%; margin: 1rem 0; } th, td { text-align: left; padding: .3rem .6rem .3rem 0; border-bottom: 1px solid #8886; vertical-align: top; }
-.wide { overflow-x: auto; } svg { max-width: 100%; height: auto; background: #fff; border-radius: .3rem; }
-pre { white-space: pre-wrap; overflow-wrap: anywhere; border-left: 3px solid #b5651d; padding: .2rem .8rem; margin: 1rem 0; } small { opacity: .75; }"""
+def _promises(run:Run)->str: # HTML; empty without a brief
+    return f"<h2>What was promised</h2>{html_table(_PROMISES, kept)}" if (kept := gate_rows(run_verdicts(run))) else ""
 
-def _html_table(head:Iterable[str], rows:Iterable[Iterable[str]])->str:
-    from html import escape
-    cells = lambda tag,row: "<tr>" + "".join(f"<{tag}>{escape(x)}</{tag}>" for x in row) + "</tr>"
-    return f'<div class="wide"><table>{cells("th", head)}{"".join(cells("td", row) for row in rows)}</table></div>'
+def _shown(run:Run, n:int)->str: # HTML
+    return "".join(f"<pre>{escape(s['text'].strip())}</pre><small>shares {s['nearest']:.0%} of its runs of five words with the nearest training document</small>" for s in read_json(run.samples)[:n])
 
 def save_scorecard(
     run:Run, # evaluated
 )->Path: # `scorecard.html`; `scorecard.md` is beside it
     "Write the scorecard as Markdown and as one HTML file that needs nothing else."
-    from html import escape
-    shown = "".join(f"<pre>{escape(s['text'].strip())}</pre><small>shares {s['nearest']:.0%} of its runs of five words with the nearest training document</small>" for s in read_json(run.samples)[:8])
-    kept = gate_rows(run_verdicts(run))
-    promises = f"<h2>What was promised</h2>{_html_table(_PROMISES, kept)}" if kept else ""
-    page = (f'<!doctype html><html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width"><title>Scorecard: {escape(run.folder.name)}</title><style>{_STYLE}</style>'
-            f"<h1>Scorecard</h1>{_html_table(('run', run.folder.name), _facts(run))}<h2>How good</h2>{_html_table(_COLUMNS, _table(read_results(run)))}{promises}{_figure(run)}<h2>What it writes</h2>{shown}</html>\n")
+    page = html_page(f"Scorecard: {run.folder.name}", f"<h1>Scorecard</h1>{html_table(('run', run.folder.name), _facts(run))}<h2>How good</h2>{html_table(_COLUMNS, _table(_wished(read_results(run))))}",
+                     f'<p>All that was measured: <a href="{run.report.name}">{run.report.name}</a></p>', _promises(run), _figure(run), f"<h2>What it writes</h2>{_shown(run, 4)}")
     for name,text in (("scorecard.md", scorecard(run)), ("scorecard.html", page)):
         with atomic_path(run.folder/name) as new: new.write_text(text, encoding="utf-8")
     return run.folder/"scorecard.html"
+
+def save_report(
+    run:Run, # evaluated
+    seen:_Seen, # of its held-out texts
+    standings:list[TaskResult], # at the questions
+)->Path: # `run.report`
+    "Write all that was measured as one HTML file that needs nothing else."
+    figures = [loss_figure(seen.said), reliability_figure(seen.said), cost_figure(seen.points), *([task_figure(standings)] if standings else [])]
+    table = lambda rows: html_table(_COLUMNS[1:], (row[1:] for row in _table(rows)))
+    page = html_page(f"Report: {run.folder.name}", f"<h1>Report</h1>{html_table(('run', run.folder.name), _facts(run))}", _promises(run), f"<h2>What was measured</h2>{table(read_results(run))}",
+                     f'<div class="plots">{"".join(f"<div>{svg_of(f)}</div>" for f in figures)}</div><p>Bars are 95 % intervals; at each task the model is filled, what it has to beat is grey.</p>',
+                     f"<h2>Time, on this machine</h2>{table(_read_lines(run.speed))}", f"<h2>What it writes</h2>{_shown(run, 4)}")
+    with atomic_path(run.report) as new: new.write_text(page, encoding="utf-8")
+    return run.report
 
 # %% ../nbs/12_pipeline.ipynb #d4ca6e3d
 def stream_text(
@@ -816,16 +882,16 @@ def _training(run:Run, engine:Engine|None=None, monitor:str="")->None:
     if view.stopped_by: _fail(f"stopped after update {n} of {n_steps}; the same command goes on from there", 130)
     console.print(f"pretrain  {n_params(run.preset.config):,} weights in {run.model}")
 
-def _evaluation(run:Run)->None:
+def _evaluation(run:Run, questions:tuple[str, ...]=())->None:
     from rich.console import Console
     from rich.table import Table
-    rows,out = evaluate_run(run, _track()),Console(highlight=False, markup=False)
+    rows,out = evaluate_run(run, _track(), questions),Console(highlight=False, markup=False)
     table = Table(box=None, show_header=False)
     for _ in range(3): table.add_column(no_wrap=True)
-    for _,figure,value,n,goal in _table(rows): table.add_row(figure, value, goal)
+    for _,figure,value,n,goal in _table([*_wished(rows), *_read_lines(run.speed)]): table.add_row(figure, value, goal)
     out.print(table)
     for s in read_json(run.samples)[:2]: out.print(f"\n{s['text'].strip()}")
-    out.print(f"\nscorecard: {run.folder/'scorecard.html'}", soft_wrap=True)
+    out.print(f"\nscorecard: {run.folder/'scorecard.html'}\nreport: {run.report}", soft_wrap=True)
     if (kept := run_verdicts(run)) and not gates_hold(kept): _fail(f"{sum(v.outcome != 'pass' for v in kept)} of {len(kept)} gates of {run.brief} were not shown to hold: {'; '.join(f'{gate} ({outcome})' for gate,_,outcome in gate_rows(kept) if outcome != 'pass')}", 1)
 
 # %% ../nbs/12_pipeline.ipynb #ed59a32a
@@ -842,7 +908,20 @@ def _data_verb(run:_RunOption=None, preset:_PresetOption=None, depth:_DepthOptio
     _documents(_begin(run, preset, depth, seed, sources, clean, keep_out, brief), workers)
 
 _walk("tokenize", "Learn a tokenizer and write the texts as ids.", _tokens)
-_walk("evaluate", "Measure the model and write the scorecard.", _evaluation)
+
+@_verb("evaluate")
+def _evaluate_verb(run:_RunOption=None, preset:_PresetOption=None, depth:_DepthOption=None, seed:_SeedOption=None, questions:Annotated[str, typer.Option(help=f"sets of others to ask too, with commas: {', '.join(QUESTION_SETS)}", show_default=False)]="")->None:
+    "Measure the model, write the scorecard and the report; status 1 if a gate of the brief was not shown to hold."
+    _evaluation(_begin(run, preset, depth, seed), _names(questions))
+
+@_verb("compare")
+def _compare_verb(runs:Annotated[list[Path], typer.Argument(metavar="RUN...", help="evaluated run directories, at least two", show_default=False)], figure:Annotated[str, typer.Option(help="of the report", show_default="the first that all have")]=None)->None:
+    "Rank runs that measured the same held-out texts; what can't be told apart shares a rank."
+    from rich.console import Console
+    items = {str(r):_read_items(open_run(r)) for r in runs}
+    names = [n for n in dict.fromkeys(row["name"] for row in next(iter(items.values()))) if all(any(row["name"] == n for row in rows) for rows in items.values())]
+    if not (name := figure or next(iter(names), None)): raise UserError("these runs measured nothing in common: evaluate them on the same texts")
+    Console(highlight=False, markup=False).print(f"{name}\n{leaderboard_text(compare_runs(items, name, min if name.startswith('bits') else max))}", soft_wrap=True)
 
 # %% ../nbs/12_pipeline.ipynb #ed59a32b
 _EngineOption = Annotated[str, typer.Option("--engine", help=f"{', '.join(ENGINES)}: who trains; all but plain want to be launched", show_default="the preset's")]

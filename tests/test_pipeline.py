@@ -58,19 +58,27 @@ def copy(finished, tmp_path): return Path(shutil.copytree(finished, tmp_path/"ti
 
 def test_run_leaves_what_the_chapter_promises(finished):
     names = {p.name for p in finished.iterdir()} - {".run.lock"}  # held while it trains
-    assert names == {"run.json", "documents", "tokenizer", "tokens", "checkpoints", "log.jsonl", "model", "results.jsonl", "samples.json", "scorecard.html", "scorecard.md"}
+    assert names == {"run.json", "documents", "tokenizer", "tokens", "checkpoints", "log.jsonl", "model", "results.jsonl", "samples.json", "scorecard.html", "scorecard.md", "speed.jsonl", "items.jsonl", "report.html"}
     rows = [json.loads(line) for line in (finished/"results.jsonl").read_text().splitlines()]
     assert all(r.keys() == {"step", "name", "goal", "mean", "stderr", "n", "seed"} and r["stderr"] >= 0 and r["n"] > 0 and r["seed"] == 0 for r in rows)
-    page = (finished/"scorecard.html").read_text(encoding="utf-8")
-    assert not re.search(r'(?:src|href)="|url\((?!#)|@import', page.replace('xlink:href="#', "").replace(' href="#', "")), "it loads nothing"
-    assert all(r["name"] in page for r in rows) and page.count("<pre>") == 4 and page.count("<svg") == 1
+    score, report = ((finished/f"{name}.html").read_text(encoding="utf-8") for name in ("scorecard", "report"))
+    for page in (score, report):
+        inside = page.replace('xlink:href="#', "").replace(' href="#', "").replace('<a href="report.html">', "")
+        assert not re.search(r'(?:src|href)="|url\((?!#)|@import', inside), "it loads nothing"
+        assert page.count("<pre>") == 4 and "± " in page
+    assert all(r["name"] in report for r in rows) and all(r["name"] in score for r in rows if r["goal"]) and (score.count("<svg"), report.count("<svg")) == (1, 3)
+    times, items = ([json.loads(line) for line in (finished/f"{name}.jsonl").read_text().splitlines()] for name in ("speed", "items"))
+    assert all(r["name"] in report and r["mean"] > 0 and r["n"] == 5 for r in times) and len(times) == 3
+    by_item = sum(r["value"] for r in items)/sum(r["per"] for r in items)
+    assert {r["name"] for r in items} == {"bits per byte, tiny"} and abs(by_item - next(r["mean"] for r in rows if r["name"] == "bits per byte, tiny")) < 1e-9
     assert (finished/"scorecard.md").read_text(encoding="utf-8").count("|") > 40
 
 
 def test_running_again_changes_no_byte_but_the_figures_stay(copy):
     before = tree(copy)
     status, out, err = call("run", "--run", copy)
-    assert status == 0 and tree(copy) == before
+    after = tree(copy)
+    assert status == 0 and after.keys() == before.keys() and {n for n in after if after[n] != before[n]} <= {"speed.jsonl", "report.html"}  # these measure time again
 
 
 def test_texts_in_a_document_are_escaped(copy):
@@ -87,7 +95,7 @@ def test_the_verbs_one_by_one_make_the_same_model(finished, tmp_path):
         assert status == 0, err
     mine, theirs = tree(tmp_path/"run"), tree(finished)
     different = {n for n in mine.keys() | theirs.keys() if mine.get(n) != theirs.get(n) and not n.startswith("checkpoints/")}
-    assert different == {"log.jsonl", "scorecard.html", "scorecard.md"}  # these hold seconds; a checkpoint holds the state of torch's own generator
+    assert different == {"log.jsonl", "scorecard.html", "scorecard.md", "speed.jsonl", "report.html"}  # these hold seconds; a checkpoint holds the state of torch's own generator
 
 
 def test_another_seed_is_another_model_on_the_same_split(finished, tmp_path):
@@ -693,12 +701,55 @@ def test_evaluate_holds_the_model_to_the_gates_of_its_brief(finished, tmp_path, 
     from llm_scratch.objectives import RECIPES_BRIEF, Gate, save_brief
     copytree(finished, tmp_path/"run")
     gates = Gate("bits per byte, tiny", at_most=at_most), Gate("clauses named rightly", at_least=.8, step="finetune")  # the second is not for this step
-    save_brief(replace(RECIPES_BRIEF, gates=gates), tmp_path/"run"/"brief.json")
+    save_brief(replace(RECIPES_BRIEF, gates=gates, first_word=1e4, words_per_second=1e-4), tmp_path/"run"/"brief.json")  # time decides nothing here
     got, out, err = call("evaluate", "--run", tmp_path/"run")
     assert got == status, err
     lines = [line for line in err.strip().splitlines() if line.startswith("llm-scratch")]
-    assert len(lines) == status and (not lines or "1 of 1 gates of" in lines[0] and f"bits per byte, tiny: at most {at_most} (fail)" in lines[0])
-    for name in ("scorecard.html", "scorecard.md"):
+    assert len(lines) == status and (not lines or "1 of 3 gates of" in lines[0] and f"bits per byte, tiny: at most {at_most} (fail)" in lines[0])
+    for name in ("scorecard.html", "scorecard.md", "report.html"):
         page = (tmp_path/"run"/name).read_text(encoding="utf-8")
-        assert "promised" in page and ("fail" if status else "pass") in page and "clauses named" not in page
+        assert "words per second: at least 0.0001" in page and "promised" in page and ("fail" if status else "pass") in page and "clauses named" not in page
     assert "promised" not in (finished/"scorecard.md").read_text(encoding="utf-8")
+
+
+def test_a_model_that_is_too_slow_breaks_the_promise_of_its_brief(finished, tmp_path):
+    from dataclasses import replace
+    from llm_scratch.objectives import RECIPES_BRIEF, Gate, save_brief
+    shutil.copytree(finished, tmp_path/"run")
+    run = open_run(tmp_path/"run")
+    held = lambda **fields: {v.gate.metric: v.outcome for v in (save_brief(replace(RECIPES_BRIEF, gates=(Gate("bits per byte, tiny", at_most=99.),), **dict(first_word=1e4, words_per_second=1e-4) | fields), run.brief), pipeline.run_verdicts(run))[1]}
+    assert set(held().values()) == {"pass"}
+    assert held(words_per_second=1e6) == {"bits per byte, tiny": "pass", "seconds to the first token": "pass", "words per second": "fail"}
+    assert held(first_word=1e-6)["seconds to the first token"] == "fail"
+
+
+def test_runs_are_compared_by_item_and_only_where_they_measured_the_same(finished, tmp_path):
+    other = Path(shutil.copytree(finished, tmp_path/"other"))
+    rows = [json.loads(line) for line in (other/"items.jsonl").read_text().splitlines()]
+    write = lambda rows: (other/"items.jsonl").write_text("".join(json.dumps(r)+"\n" for r in rows))
+    status, out, err = call("compare", finished, other)
+    assert status == 0 and out.startswith("bits per byte, tiny") and out.count("| 1–2 |") == 2, err
+    write([r | dict(per=r["per"]+1) for r in rows])
+    status, _, err = call("compare", finished, other)
+    assert status == 2 and "on other items" in err and len(err.strip().splitlines()) == 1
+    write([r | dict(name="poems") for r in rows])
+    assert "nothing in common" in call("compare", finished, other)[2]
+    status, _, err = call("compare", finished, other, "--figure", "poems")
+    assert status == 2 and "did not measure 'poems'" in err
+    (other/"items.jsonl").unlink()
+    assert "llm-scratch evaluate" in call("compare", finished, other)[2]
+
+
+def test_questions_of_others_stand_beside_baselines_and_leaks(finished, tmp_path, monkeypatch):
+    from llm_scratch.harness import Choose, Task
+    shutil.copytree(finished, tmp_path/"run")
+    seen = open_run(tmp_path/"run")
+    known = next(iter(pipeline.load_documents(seen.documents)["train"]["text"]))
+    docs = tuple(dict(question=q, choices=["yes", "no"], target=i % 2) for i, q in enumerate([known, *(f"Is number {i} a prime or is it not one of them at all" for i in range(9))]))
+    monkeypatch.setattr(pipeline, "load_questions", lambda name: Task(name, docs, "{question}", Choose()))
+    pipeline.evaluate_run(seen, questions=("PIQA",))
+    rows = {r["name"]: r for r in pipeline.read_results(seen)}
+    assert {f"right, PIQA{who}" for who in ("", ", chance", ", majority", ", longest", ", 5-gram")} < rows.keys()
+    leaked = rows["questions that the training text has seen, PIQA"]
+    assert leaked["n"] == 10 and leaked["mean"] == .1
+    assert seen.report.read_text().count("<svg") == 4
