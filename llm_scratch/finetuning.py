@@ -10,7 +10,7 @@ __all__ = ['Sample', 'marked', 'completion', 'pad_right', 'TuningBatches', 'Pack
 import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property
 from itertools import groupby
 
 import numpy as np
@@ -64,11 +64,6 @@ def _check_samples(samples:Sequence[Sample], context_len:int)->None:
         if len(ids) > context_len: raise UserError(f"sample {i} has {len(ids)} ids, and context_len={context_len}: shorten it, leave it out, or take a model with a longer context")
         if max(targets, default=-1) < 0: raise UserError(f"sample {i} has an answer of 0 ids, all its targets are -1: leave it out")
 
-@lru_cache(maxsize=4)
-def _shuffled(n:int, seed:int, epoch:int)->np.ndarray:
-    "In which order the samples of an epoch are drawn."
-    return np.random.default_rng((seed, epoch)).permutation(n)
-
 # %% ../nbs/08_finetuning.ipynb #f8batches
 @dataclass(frozen=True, eq=False)
 class TuningBatches:
@@ -88,16 +83,19 @@ class TuningBatches:
         if not 0 <= self.rank < self.world: raise ValueError(f"rank={self.rank} is not below world={self.world}: ranks go from 0 to {self.world-1}")
         _check_samples(self.samples, self.context_len)
 
+    @cached_property
+    def lengths(self)->np.ndarray: # `(N,)`, ids of each sample
+        return np.array([len(ids) for ids,_ in self.samples])
+
     def numbers(self,
         step:int, # from 0, without end
-    )->list[int]: # of all samples of this step, the same in every process, the shortest first
+    )->np.ndarray: # of all samples of this step, the same in every process, the shortest first
         "Which samples a step learns from."
-        n,size = len(self.samples),self.batch_size*self.world
-        pool,k = divmod(step, self.pool)
-        drawn = [int(_shuffled(n, self.seed, i//n)[i%n]) for i in range(pool*self.pool*size, (pool+1)*self.pool*size)]
-        drawn.sort(key=lambda i: len(self.samples[i][0]))
-        at = int(np.random.default_rng((self.seed, pool, 1)).permutation(self.pool)[k])*size
-        return drawn[at:at+size]
+        n,size,(pool,k) = len(self.samples),self.batch_size*self.world,divmod(step, self.pool)
+        first,end = pool*self.pool*size,(pool+1)*self.pool*size
+        drawn = np.concatenate([np.random.default_rng((self.seed, e)).permutation(n)[max(0, first-e*n):end-e*n] for e in range(first//n, -(-end//n))])
+        drawn = drawn[np.argsort(self.lengths[drawn], kind="stable")]
+        return np.split(drawn, self.pool)[np.random.default_rng((self.seed, pool, 1)).permutation(self.pool)[k]]
 
     def __getitem__(self,
         step:int, # from 0, without end
