@@ -971,6 +971,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                         'llm_scratch.finetuning.answer_nats': ('finetuning.html#answer_nats', 'llm_scratch/finetuning.py'),
                                         'llm_scratch.finetuning.completion': ('finetuning.html#completion', 'llm_scratch/finetuning.py'),
                                         'llm_scratch.finetuning.depths': ('finetuning.html#depths', 'llm_scratch/finetuning.py'),
+                                        'llm_scratch.finetuning.drop_frozen': ('finetuning.html#drop_frozen', 'llm_scratch/finetuning.py'),
                                         'llm_scratch.finetuning.freeze': ('finetuning.html#freeze', 'llm_scratch/finetuning.py'),
                                         'llm_scratch.finetuning.layered': ('finetuning.html#layered', 'llm_scratch/finetuning.py'),
                                         'llm_scratch.finetuning.marked': ('finetuning.html#marked', 'llm_scratch/finetuning.py'),

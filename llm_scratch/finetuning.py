@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['Sample', 'marked', 'completion', 'pad_right', 'TuningBatches', 'PackedSamples', 'pack_samples', 'answer_nats',
-           'answer_loss', 'model_parts', 'freeze', 'thaw', 'depths', 'layered', 'Look', 'tune', 'Joined']
+           'answer_loss', 'model_parts', 'depths', 'layered', 'freeze', 'thaw', 'drop_frozen', 'Look', 'tune', 'Joined']
 
 # %% ../nbs/08_finetuning.ipynb #f8imports
 import re
@@ -148,6 +148,7 @@ def answer_nats(
         logits_BTV = model(ids_BT.to(device)).float()
         nats_BT = F.cross_entropy(logits_BTV.flatten(0, 1), targets_BT.flatten().to(device), ignore_index=-1, reduction="none").view_as(targets_BT)
         nats[some] = nats_BT.double().sum(1).cpu().numpy()
+    if hasattr(model, "reshard"): model.reshard() # FSDP2 would keep its outermost weights whole, until a backward pass
     return nats,np.array([sum(t != -1 for t in targets) for _,targets in samples])
 
 def answer_loss(
@@ -177,25 +178,6 @@ def _named(model:nn.Module, names:Sequence[str])->list[nn.Parameter]:
     if unknown := [name for name,params in found.items() if not params]: raise UserError(f"the model has no part {unknown[0]}: give some of {', '.join(model_parts(model))}, or a part of these")
     return list(dict.fromkeys(p for params in found.values() for p in params))
 
-# %% ../nbs/08_finetuning.ipynb #f8freeze
-def freeze(
-    model:nn.Module, # changed in place
-    *names:str, # of modules or parameters, such as `embed_tokens`, `layers.0` or `layers.1.mlp`
-)->int: # weights that these have
-    "Let no update change these parts; they get no gradient."
-    params = _named(model, names)
-    for p in params: p.requires_grad,p.grad = False,None
-    return sum(p.numel() for p in params)
-
-def thaw(
-    model:nn.Module, # changed in place
-    *names:str, # as for `freeze`
-)->int: # weights that these have
-    "Let updates change these parts again."
-    params = _named(model, names)
-    for p in params: p.requires_grad = True
-    return sum(p.numel() for p in params)
-
 # %% ../nbs/08_finetuning.ipynb #f8layered
 def depths(
     model:nn.Module, # any
@@ -221,6 +203,33 @@ def layered(
             for d in sorted({depth[p] for p in group["params"]}):
                 scaled = {k:group[k]*decay**(top-d) for k in ("lr", "initial_lr")}
                 opt.param_groups.append(group | scaled | dict(params=[p for p in group["params"] if depth[p] == d]))
+    return optimizers
+
+# %% ../nbs/08_finetuning.ipynb #f8freeze
+def freeze(
+    model:nn.Module, # changed in place
+    *names:str, # of modules or parameters, such as `embed_tokens`, `layers.0` or `layers.1.mlp`
+)->int: # weights that these have
+    "Let no update change these parts; they get no gradient."
+    params = _named(model, names)
+    for p in params: p.requires_grad,p.grad = False,None
+    return sum(p.numel() for p in params)
+
+def thaw(
+    model:nn.Module, # changed in place
+    *names:str, # as for `freeze`
+)->int: # weights that these have
+    "Let updates change these parts again."
+    params = _named(model, names)
+    for p in params: p.requires_grad = True
+    return sum(p.numel() for p in params)
+
+# %% ../nbs/08_finetuning.ipynb #f8drop
+def drop_frozen(
+    optimizers:list[torch.optim.Optimizer], # fresh ones; changed in place
+)->list[torch.optim.Optimizer]: # the same
+    "Forget what is frozen now, for DeepSpeed, which takes no group without a gradient; what is thawed later would not learn."
+    for opt in optimizers: opt.param_groups[:] = [group | dict(params=learn) for group in opt.param_groups if (learn := [p for p in group["params"] if p.requires_grad])]
     return optimizers
 
 # %% ../nbs/08_finetuning.ipynb #f8tune
