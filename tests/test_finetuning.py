@@ -105,6 +105,8 @@ def test_a_batch_depends_on_its_number_seed_and_nothing_else():
     for s, batch in zip((70, 3, 35), later): assert_close(first[s], batch)
     assert any(answers(first[s]) != answers(TuningBatches(SAMPLES, 24, 4, seed=2)[s]) for s in range(5))
     assert first.numbers(0).tolist() != first.numbers(16).tolist()
+    drawn = [sorted(TuningBatches(SAMPLES, 24, 4, seed=seed, pool=1).numbers(0).tolist()) for seed in (1, 2, 3)]
+    assert drawn[0] != drawn[1] != drawn[2], "the seed decides which samples come first, not only in which order their steps do"
     sizes = [len(SAMPLES[first.numbers(s)[0]][0]) for s in range(16)]
     assert sizes != sorted(sizes) and sizes != sorted(sizes, reverse=True), "the steps of a pool come in no order of length"
 
@@ -178,7 +180,9 @@ def test_parts_have_the_names_that_one_would_use(model):
 
 def test_a_name_is_a_part_and_not_a_beginning():
     deep = Decoder(ModelConfig(8, context_len=4, n_layers=11, n_heads=1, n_kv_heads=1, d_model=4, d_ff=4, d_head=4))
+    deep.layers[1].mlp.up_proj.weight.grad = torch.ones_like(deep.layers[1].mlp.up_proj.weight)
     freeze(deep, "layers.1")
+    assert deep.layers[1].mlp.up_proj.weight.grad is None, "it would still move"
     assert {name.split(".")[1] for name, p in deep.named_parameters() if not p.requires_grad} == {"1"}
     order = [depths(deep)[deep.layers[i].mlp.up_proj.weight] for i in range(11)]
     assert order == list(range(1, 12)) and depths(deep)[deep.norm.weight] == 12 and depths(deep)[deep.embed_tokens.weight] == 0

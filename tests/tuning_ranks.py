@@ -31,7 +31,7 @@ def begun(engine):
 
 
 def whole(engine, model):
-    "Every weight by name; those of ZeRO are gathered here, for `full_state` does not know what is frozen there."
+    "Every weight by name; those of ZeRO gathered by its own means."
     if not isinstance(engine, DeepSpeedEngine): return engine.full_state(model, [])
     from deepspeed import zero
     with zero.GatheredParameters(list(model.module.parameters())): return {f"model.{k}": p.detach().clone() for k, p in model.module.named_parameters()}
