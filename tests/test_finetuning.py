@@ -297,22 +297,20 @@ def test_what_only_harms_is_undone():
 
 
 def test_a_bad_look_is_one_that_is_surely_no_better():
-    "Samples that go up and down cancel: by their own spread the look is bad, by that of the difference it is."
-    class Scripted(nn.Module): # says each sample's id with the probability of the script
-        def __init__(self):
+    "Judged by the spread of the difference to the last gain, sample by sample; not by the spread of samples, nor by the difference to the first look."
+    class Scripted(nn.Module): # has the nats of the script at each sample, the next row of it after each update
+        def __init__(self, script):
             super().__init__()
-            self.at, self.w = 0, nn.Parameter(torch.zeros(1))
+            self.script, self.at, self.w = torch.tensor(script), 0, nn.Parameter(torch.zeros(1))
         def forward(self, ids):
-            if not torch.is_grad_enabled(): x = torch.tensor(SCRIPT[self.at])[ids[:,0]]
-            else: self.at, x = self.at+1, torch.zeros(len(ids))
+            x = -torch.log(torch.expm1(self.script[self.at]))[ids[:,0]]
+            self.at += torch.is_grad_enabled()
             return torch.stack([x, torch.zeros_like(x)], -1)[:,None] + 0*self.w
-    held = [([i], [0]) for i in range(4)]
+    held, batch = [([i], [0]) for i in range(4)], (torch.zeros(1, 1, dtype=torch.int64), torch.zeros(1, 1, dtype=torch.int64))
     waited = []
-    for last in ([1., 1., 1., 1.], [3., 3., -2.5, -2.5]): # both worse on average than the second look: surely, and perhaps
-        SCRIPT = [[0.]*4, [2., 2., 2., 2.], last]
-        model = Scripted()
-        looks = list(tune(TrainState(model, make_adamw(model)), [(torch.zeros(1, 1, dtype=torch.int64), torch.zeros(1, 1, dtype=torch.int64))]*2, held, flat, 2, every=1))
-        waited.append([look.stop.waited for look in looks])
+    for last in ([.3, .3, 3.2, 3.2], [2.1, .05, 5., 1.]): # both worse than the second look on average: surely, and perhaps
+        model = Scripted([[2.]*4, [.1, .1, 3., 3.], last])
+        waited.append([look.stop.waited for look in tune(TrainState(model, make_adamw(model)), [batch]*2, held, flat, 2, every=1)])
     assert waited == [[0, 0, 1], [0, 0, 0]]
 
 
