@@ -738,6 +738,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                      'llm_scratch.engines._ranks': ('engines.html#_ranks', 'llm_scratch/engines.py'),
                                      'llm_scratch.engines._set_memory': ('engines.html#_set_memory', 'llm_scratch/engines.py'),
                                      'llm_scratch.engines._set_weight': ('engines.html#_set_weight', 'llm_scratch/engines.py'),
+                                     'llm_scratch.engines._whole_weight': ('engines.html#_whole_weight', 'llm_scratch/engines.py'),
                                      'llm_scratch.engines.check_deepspeed': ('engines.html#check_deepspeed', 'llm_scratch/engines.py'),
                                      'llm_scratch.engines.check_names': ('engines.html#check_names', 'llm_scratch/engines.py'),
                                      'llm_scratch.engines.compare': ('engines.html#compare', 'llm_scratch/engines.py'),
