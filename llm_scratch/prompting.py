@@ -17,7 +17,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import nn
 
-from .architecture import Decoder, ModelConfig
+from .architecture import Decoder, ModelConfig, rope
 from .core import UserError, atomic_path, read_json, write_json
 
 # %% ../nbs/08c_prompting.ipynb #p8c018
@@ -89,9 +89,11 @@ class Prompted(nn.Module):
         return read_vectors(self.base, self.prompt_PD[None])
 
     def forward(self, ids_BT:torch.Tensor, cache=None)->torch.Tensor: # logits `(B,T,V)` of the text alone
-        return self.base(ids_BT, Behind(*self.keys_values(), cache))
+        k_LBGPK,v_LBGPK = self.keys_values()
+        if hasattr(cache, "n_pad_B"): k_LBGPK = rope(k_LBGPK, *(table[cache.n_pad_B,None,None].to(k_LBGPK.dtype) for table in (self.base.cos, self.base.sin)))
+        return self.base(ids_BT, Behind(k_LBGPK, v_LBGPK, cache))
 
-# %% ../nbs/08c_prompting.ipynb #p8c024
+# %% ../nbs/08c_prompting.ipynb #p8c025
 def word_vectors(
     model:Decoder, # or any that has `embed_tokens`
     ids:list[int]|torch.Tensor, # of the words, at least one
@@ -102,7 +104,7 @@ def word_vectors(
     if not len(ids): raise UserError(f"a prompt of {n} positions is to begin as 0 ids: give at least 1")
     return model.embed_tokens.weight.detach()[ids.repeat(-(-n//len(ids)))[:n]].clone()
 
-# %% ../nbs/08c_prompting.ipynb #p8c033
+# %% ../nbs/08c_prompting.ipynb #p8c034
 class Prefixed(Prompted):
     "A decoder as it is, behind keys and values that are learnt in every layer (Li & Liang 2021)."
     def __init__(self,
@@ -125,7 +127,7 @@ def as_prefix(
     "A prompt, read once, is a prefix: to write with, or to go on learning from."
     return Prefixed(model.base, *model.keys_values())
 
-# %% ../nbs/08c_prompting.ipynb #p8c045
+# %% ../nbs/08c_prompting.ipynb #p8c046
 def base_hash(
     model:nn.Module, # any
 )->str: # 64 hexadecimal digits
@@ -136,7 +138,7 @@ def base_hash(
         digest.update(p.detach().cpu().flatten().contiguous().view(torch.uint8).numpy())
     return digest.hexdigest()
 
-# %% ../nbs/08c_prompting.ipynb #p8c046
+# %% ../nbs/08c_prompting.ipynb #p8c047
 _KINDS = {"PROMPT_TUNING":Prompted, "PREFIX_TUNING":Prefixed}
 
 def _flat(model:Prompted)->torch.Tensor: # `(P,D)` of a prompt, `(P, L*2*G*K)` of a prefix: keys and values of each layer in turn
@@ -155,10 +157,10 @@ def save_prompt(
         write_json(tmp/"adapter_config.json", dict(peft_type="PREFIX_TUNING" if is_prefix else "PROMPT_TUNING", task_type="CAUSAL_LM", base_model_name_or_path=base, inference_mode=True,
             num_virtual_tokens=len(x), num_layers=cfg.n_layers, num_transformer_submodules=1, token_dim=cfg.n_kv_heads*cfg.d_head if is_prefix else cfg.d_model,
             num_attention_heads=cfg.n_kv_heads if is_prefix else cfg.n_heads))
-        save_file(dict(prompt_embeddings=x.cpu().contiguous()), tmp/"adapter_model.safetensors", metadata=dict(format="pt", base_sha256=base_hash(model.base)))
+        save_file(dict(prompt_embeddings=x.cpu().contiguous()), tmp/"adapter_model.safetensors", metadata=dict(format="pt", llm_scratch_base=base_hash(model.base)))
     return Path(folder)
 
-# %% ../nbs/08c_prompting.ipynb #p8c047
+# %% ../nbs/08c_prompting.ipynb #p8c048
 def load_prompt(
     base:Decoder, # that it was learnt for; frozen in place
     folder:str|Path, # written by `save_prompt` or by `peft`
@@ -168,7 +170,7 @@ def load_prompt(
     kind = read_json(folder/"adapter_config.json", "give a folder that save_prompt or peft wrote").get("peft_type")
     if kind not in _KINDS: raise UserError(f"{folder} holds {kind}: load_prompt opens {' and '.join(_KINDS)}")
     try:
-        with safe_open(folder/"adapter_model.safetensors", "pt") as f: x,told = f.get_tensor("prompt_embeddings"),(f.metadata() or {}).get("base_sha256")
+        with safe_open(folder/"adapter_model.safetensors", "pt") as f: x,told = f.get_tensor("prompt_embeddings"),(f.metadata() or {}).get("llm_scratch_base")
     except Exception: raise UserError(f"{folder/'adapter_model.safetensors'} holds no prompt_embeddings: copy the folder again") from None
     if told and told != base_hash(base): raise UserError(f"{folder} was learnt for the base {told[:12]}, and this one is {base_hash(base)[:12]}: load the base that it was learnt for")
     wide = cfg.d_model if kind == "PROMPT_TUNING" else 2*cfg.n_layers*cfg.n_kv_heads*cfg.d_head

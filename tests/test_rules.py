@@ -65,6 +65,7 @@ MAY_IMPORT = {
     "bridge": {"core", "data", "duplicates", "evaluation", "harness"},  # questions of others, and whether the training text has seen them
     "finetuning": {"core", "checkpointing", "curriculum", "epochs", "evaluation", "packing", "pretraining"},
     "prompting": {"core", "architecture"},
+    "footprint": {"core", "architecture", "planning", "lora", "qlora", "prompting"},
     "pipeline": {"core", "objectives", "architecture", "backward", "generation", "interchange", "llamacpp", "data", "sources", "cleaning", "privacy", "curation", "duplicates", "tokenization", "fastbpe", "infrastructure", "planning", "checkpointing", "engines", "launching", "monitoring", "pretraining", "rates", "stability", "watching", "evaluation"},
 }
 HEAVY = {"datasets", "tokenizers", "matplotlib", "rich", "typer", "ipywidgets", "transformers", "evaluate", "IPython", "pandas", "nbdev", "numba", "gguf", "xllamacpp",
