@@ -141,7 +141,7 @@ def tuning_peak(
     rest = kept - 4*B*T*cfg.vocab_size # without the table of probabilities
     block = frozen_block_bytes(cfg, B, T, tuning.rank if tuning.has_adapters else 0)
     again = 17*max(a*b for a,b in matrices(cfg)) if tuning.method == "qlora" else 0 # a matrix of 4 bits while it becomes one of 32: codes, places, numbers, products
-    through = 4*B*T*(cfg.d_model + 2*cfg.d_ff) + again
+    through = max(4*B*T*(cfg.d_model + 2*cfg.d_ff), again) # what the backward pass of a block has in hand
     return max(Memory("loss", weights, 8*n, 0, kept, 8*B*T*cfg.vocab_size + buffers),
                Memory("last block", weights, 8*n, 0, rest + (block if tuning.checkpoint else 0), through + buffers),
                Memory("update", weights, 8*n, 4*n, 0, buffers), key=lambda m: m.total)
