@@ -63,6 +63,7 @@ MAY_IMPORT = {
     "preference": {"core", "evaluation"},
     "harness": {"evaluation", "generation"},
     "bridge": {"core", "data", "duplicates", "evaluation", "harness"},  # questions of others, and whether the training text has seen them
+    "clauses": {"core", "comparison", "data", "duplicates", "evaluation"},
     "pipeline": {"core", "objectives", "architecture", "backward", "generation", "interchange", "llamacpp", "data", "sources", "cleaning", "privacy", "curation", "duplicates", "tokenization", "fastbpe", "infrastructure", "planning", "checkpointing", "engines", "launching", "monitoring", "pretraining", "rates", "stability", "watching", "evaluation"},
 }
 HEAVY = {"datasets", "tokenizers", "matplotlib", "rich", "typer", "ipywidgets", "transformers", "evaluate", "IPython", "pandas", "nbdev", "numba", "gguf", "xllamacpp",
