@@ -76,7 +76,7 @@ def _heading(paragraph:str)->tuple[str, str]|None: # heading, and what else the 
     alone,before = _ALONE.fullmatch(line) if len(line.strip()) < 80 else None,_BEFORE.fullmatch(" ".join(paragraph.split()))
     for found,body in (alone, rest), (before, before and before["body"]):
         if not found or not _is_title(re.findall(r"[A-Za-z][A-Za-z'’-]*", found["heading"])): continue
-        if found["number"] or found["heading"].isupper() or not body or len(found["heading"].split()) <= 6: return found["heading"].strip(), " ".join(body.split())
+        if found["number"] or found["heading"].isupper() or not body or len(found["heading"].split()) <= 6: return found["heading"].strip(), " ".join(body.split()).lstrip("-=*_~ ")
 
 # %% ../nbs/08e_clauses.ipynb #c8e022
 LONGEST = 1500 # characters of a clause
