@@ -62,7 +62,7 @@ def read_agreements()->Iterator[Agreement]: # in English, in the order of their 
 # %% ../nbs/08e_clauses.ipynb #c8e020
 _NUMBER = r"(?:(?i:section|article|clause)\s+)?(?:\d{1,2}(?:\.\d{1,2})*\.?|[IVX]{1,5}\.|[A-Z]\.|\(?[a-z0-9]{1,2}\))"
 _HEAD = rf"\s*(?P<number>{_NUMBER})?\s*(?P<heading>[A-Z][A-Za-z,&/'’() -]{{2,70}}?)\s*"
-_ALONE,_BEFORE = re.compile(_HEAD + r"[.:]?\s*"),re.compile(_HEAD + r"(?:[.:;]| --? |—|–)\s+(?P<body>\S.*)")
+_ALONE,_BEFORE = re.compile(_HEAD + r"[.:]?\s*"),re.compile(_HEAD + r"(?:[.:;]|—|–)\s+(?P<body>\S.*)")
 _SMALL = frozenset("a an and any as at by for from in is its no not of on or other our re that the their this to under use we with you your".split())
 
 def _is_title(words:list[str])->bool:
