@@ -235,21 +235,21 @@ class Scores:
 
     def per(self,
         groups:Sequence, # for each clause what it is counted with, such as `fold`
-        check:bool=False, # refuse a group in which a class is empty
     )->np.ndarray: # `(groups, C, C)`, in the order in which they appear
         "A confusion matrix for each group."
-        number = {g:i for i,g in enumerate(dict.fromkeys(groups))}
-        at,place = {c:i for i,c in enumerate(self.classes)},np.array([number[g] for g in groups])
-        if check: return np.stack([confusion(*(np.array(x)[place == i].tolist() for x in (self.truth, self.said)), self.classes) for i in number.values()])
-        counts = np.zeros((len(number), len(at), len(at)), int)
-        np.add.at(counts, (place, [at[t] for t in self.truth], [at[s] for s in self.said]), 1)
+        confusion(self.truth, self.said, self.classes) # or says what is wrong
+        group,at = {g:i for i,g in enumerate(dict.fromkeys(groups))},{c:i for i,c in enumerate(self.classes)}
+        counts = np.zeros((len(group), len(at), len(at)), int)
+        np.add.at(counts, ([group[g] for g in groups], [at[t] for t in self.truth], [at[s] for s in self.said]), 1)
         return counts
 
     def over_folds(self,
         measure:Callable[[np.ndarray], np.ndarray]=accuracy, # or `macro_f1`
     )->Result: # mean over folds, `n` is their number
-        "The measure of each fold, their mean and its standard error."
-        return mean_of(measure(self.per(self.fold, check=True)))
+        "The measure of each fold, their mean and its standard error; `UserError` names a class that a fold lacks."
+        counts = self.per(self.fold)
+        for k,c in np.argwhere(counts.sum(-1) == 0)[:1]: raise UserError(f"the class {self.classes[c]} is empty in a fold of {counts[k].sum()} clauses: give fewer folds, or leave it out")
+        return mean_of(measure(counts))
 
     def over_families(self,
         measure:Callable[[np.ndarray], np.ndarray]=accuracy, # or `macro_f1`

@@ -82,7 +82,10 @@ def test_agreements_are_english_long_enough_and_in_order(package):
     ("before any heading\n\nTerm\n\nfor ever", [("Term", "for ever")]),
     ("you may use the teapot. it is good", []),
     ("This sentence goes on with small words. it is no heading", []),
-    ("One Two Three Four Five Six Seven Eight Nine Ten. not a title", []),
+    ("3. One Two Three Four Five Six Seven Eight Nine. a title", [("One Two Three Four Five Six Seven Eight Nine", "a title")]),
+    ("3. One Two Three Four Five Six Seven Eight Nine Ten. not a title", []),
+    ("3. Tea Pot Cup milk jar. three of five are too few", []),
+    ("3. Tea Pot Cup Rum jar. four of five", [("Tea Pot Cup Rum jar", "four of five")]),
     ("One Two Three Four Five Six Seven. six words at most, unless numbered", []),
     ("3. One Two Three Four Five Six Seven. numbered", [("One Two Three Four Five Six Seven", "numbered")]),
     ("ONE TWO THREE FOUR FIVE SIX SEVEN. shouted", [("ONE TWO THREE FOUR FIVE SIX SEVEN", "shouted")]),
@@ -222,7 +225,7 @@ def test_over_folds_is_the_mean_of_each_fold():
         each = [oracle([t for t, f in zip(s.truth, s.fold, strict=True) if f == k], [p for p, f in zip(s.said, s.fold, strict=True) if f == k]) for k in range(3)]
         got = s.over_folds(measure)
         assert (got.mean, got.stderr, got.n) == pytest.approx((np.mean(each), np.std(each, ddof=1)/3**.5, 3))
-    assert (s.per(s.fold) == s.per(s.fold, check=True)).all() and s.classes == LABELS
+    assert s.classes == LABELS
     assert s.per([0]*90).sum() == 90 and [m.sum() for m in s.per(s.families)] == [6]*15
 
 
@@ -239,7 +242,7 @@ def test_over_families_draws_families():
 
 
 def test_a_fold_without_a_class_is_named():
-    with pytest.raises(UserError, match="the class b is empty, 0 of 1"): Scores(("a", "b", "a"), ("a", "b", "a"), ("f", "f", "g"), (0, 0, 1)).over_folds()
+    with pytest.raises(UserError, match="the class b is empty in a fold of 1 clauses"): Scores(("a", "b", "a"), ("a", "b", "a"), ("f", "f", "g"), (0, 0, 1)).over_folds()
 
 
 def test_cross_validation_hides_the_fold_and_keeps_the_order():
@@ -282,9 +285,9 @@ def test_words_that_decide_are_found():
     assert set(majority([*some, made("ownership", "x")], ["tea", "pot"])) == {"ownership"}
 
 
-def test_svm_counts_rare_classes_for_as_much():
-    some = [*(made("warranty", "a", i, "tea pot") for i in range(50)), *(made("ownership", "a", i, "tea cup") for i in range(2))]
-    assert tfidf_svm(some, ["cup", "pot"]) == tfidf_logistic(some, ["cup", "pot"]) == ["ownership", "warranty"]
+def test_rare_classes_count_for_as_much():
+    some = [*(made("warranty", "a", i, "tea" if i < 10 else "pot") for i in range(30)), *(made("ownership", "a", i, "tea") for i in range(3))]
+    assert tfidf_svm(some, ["tea", "pot"]) == tfidf_logistic(some, ["tea", "pot"]) == ["ownership", "warranty"]  # ten against three, but all of three
 
 
 @pytest.mark.parametrize(("text", "label"), [("You shall indemnify us", "indemnification"), ("This is governed by the laws of Spain", "governing_law"), ("provided AS IS, and we may terminate this", "warranty"),
@@ -325,7 +328,7 @@ def test_texts_are_embedded_one_like_many(encoder, monkeypatch):
     model, tokenizer = load_minilm()
     assert not model.training
     texts = ["tea pot milk cup", "tea", "rum jar", "milk milk milk", "pot"]
-    many = embed_texts(model, tokenizer, texts, batch_size=2)
+    many = embed_texts(model, tokenizer, texts, batch_size=3)
     assert many.dtype == np.float32 and np.linalg.norm(many, axis=1) == pytest.approx(1, abs=1e-5)
     alone = np.concatenate([embed_texts(model, tokenizer, [t]) for t in texts])
     assert abs(many-alone).max() < 1e-5 and abs(many[0]-many[2]).max() > 1e-3
