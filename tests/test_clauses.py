@@ -245,6 +245,11 @@ def test_a_fold_without_a_class_is_named():
     with pytest.raises(UserError, match="the class b is empty in a fold of 1 clauses"): Scores(("a", "b", "a"), ("a", "b", "a"), ("f", "f", "g"), (0, 0, 1)).over_folds()
 
 
+def test_a_word_that_is_no_class_is_named():
+    for score in (Scores.over_folds, Scores.over_families):
+        with pytest.raises(UserError, match="'x' is not among the classes a, b"): score(Scores(("a", "b"), ("a", "x"), ("f", "g"), (0, 0)))
+
+
 def test_cross_validation_hides_the_fold_and_keeps_the_order():
     some, calls = world(("warranty", "termination"), 6, 1), []
     fold = [int(c.family[1:]) % 3 - 1 for c in some]  # -1, 0, 1
