@@ -64,6 +64,8 @@ MAY_IMPORT = {
     "harness": {"evaluation", "generation"},
     "bridge": {"core", "data", "duplicates", "evaluation", "harness"},  # questions of others, and whether the training text has seen them
     "finetuning": {"core", "checkpointing", "curriculum", "epochs", "evaluation", "packing", "pretraining"},
+    "clauses": {"core", "comparison", "data", "duplicates", "evaluation"},
+    "classification": {"core", "architecture", "curriculum", "finetuning", "generation", "tasks"},
     "pipeline": {"core", "objectives", "architecture", "backward", "generation", "interchange", "llamacpp", "data", "sources", "cleaning", "privacy", "curation", "duplicates", "tokenization", "fastbpe", "infrastructure", "planning", "checkpointing", "engines", "launching", "monitoring", "pretraining", "rates", "stability", "watching", "evaluation"},
 }
 HEAVY = {"datasets", "tokenizers", "matplotlib", "rich", "typer", "ipywidgets", "transformers", "evaluate", "IPython", "pandas", "nbdev", "numba", "gguf", "xllamacpp",
