@@ -90,6 +90,19 @@ def prepare_minilm(folder:Path, texts:list[str])->None:
     from dataclasses import asdict
     write_json(folder/"minilm.json", dict(cfg=asdict(model.cfg) | dict(vocab_size=len(kept)), pad_id=int(np.searchsorted(kept, pad)), hole_id=int(np.searchsorted(kept, hole))))
 
+def prepare_words(folder:Path, texts:np.ndarray, data:dict)->None:
+    "What counted words say of every test clause, as log-probabilities, for an ensemble of both kinds."
+    from sklearn.feature_extraction.text import TfidfVectorizer
+    from sklearn.linear_model import LogisticRegression
+    from sklearn.pipeline import make_pipeline
+    out = {}
+    for split in range(PILOT):
+        for classes in (14, 18):
+            train,test = split_of(data, split, classes == 14)
+            model = make_pipeline(TfidfVectorizer(ngram_range=(1, 2), sublinear_tf=True, min_df=2), LogisticRegression(C=10, max_iter=2000, class_weight="balanced"))
+            out[f"{split}_{classes}"] = model.fit(texts[train], data["label"][train]).predict_log_proba(texts[test]).astype(np.float32)
+    np.savez_compressed(folder/"words.npz", **out)
+
 def prepare(folder:Path, tiny:bool)->None:
     "All that the runs need, in numbers."
     from llm_scratch.clauses import CLASSES_18, CORE_14, group_folds, is_test, load_clauses, of_classes, read_agreements, read_clauses, tfidf_svm
@@ -164,6 +177,7 @@ def prepare(folder:Path, tiny:bool)->None:
                 rows.append(score_row("words counted", "tuned", classes, split, split, said, label[test], len(some)))
         say("split", split, rows[-1]["right"]/rows[-1]["n"], rows[-2]["right"]/rows[-2]["n"])
     prepare_minilm(folder, [c.text for c in clauses])
+    prepare_words(folder, texts, data)
     meta = dict(names=list(CLASSES_18), core=core, headings=top, n_general=sum(map(len, general)), families=sorted({c.family for c in clauses}), rows=rows, eot_id=eot, hole_id=eot+1, fill_id=eot+2, vocab_size=tok.vocab_size,
                 labels={name:tok.encode(" " + name.replace("_", " ")) for name in CLASSES_18}, ask=tok.encode("\n\nthis is about:"), before=tok.encode("# "), gap=tok.encode("\n\n"))
     write_json(folder/"meta.json", meta)
@@ -192,12 +206,13 @@ class Job:
         from llm_scratch.engines import Engine
         self.data,self.device,self.end,self.tiny = load(args.data),torch.device(args.device),args.until,args.tiny
         self.folder,self.name = Path(f"{args.out}.parts"),args.job
+        self.recipes = choose(self.folder)
         self.engine = lambda: Engine("bf16" if self.device.type == "cuda" else "fp32", self.device)
         small = dict(context_len=320, n_layers=2, n_heads=2, n_kv_heads=2, d_model=64, d_ff=128, d_head=32)
         large = dict(context_len=320, n_layers=args.layers, n_heads=args.width//64, n_kv_heads=args.width//64, d_model=args.width, d_ff=args.width*8//3//64*64, d_head=64)
         self.cfg = ModelConfig(self.data["vocab_size"], **(small if args.tiny else large))
         self.steps = lambda n: max(2, n//400) if self.tiny else n
-        torch.set_num_threads(1 if self.device.type == "cpu" else 2)
+        torch.set_num_threads(1)
         torch.set_float32_matmul_precision("high")
 
     def left(self)->float: return self.end-time.time() # seconds
@@ -335,7 +350,7 @@ class Job:
         d,task = self.data,self.task(names)
         rows = [d["rows_of"][i] for i in test]
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.device.type == "cuda"):
-            nats,prior = (label_nats(model.float(), task, some, batch_size=32) for some in (rows, [[]]))
+            nats,prior = (label_nats(model.float(), task, some, batch_size=16) for some in (rows, [[]]))
             heads = [[d["eot_id"], *d["before"], *d["labels"][d["names"][k]][0:], *d["gap"]] for k in names]
             channel = answer_nats(model, [completion(h, r[:self.cfg.context_len-32]) for r in rows for h in heads], batch_size=64)[0].reshape(len(rows), -1)
         for how,x in (("label after text", nats), ("label after text, prior taken off", nats-prior), ("text after label", channel)):
@@ -364,7 +379,7 @@ class Job:
         return -nats
     def label_scores(self, model, task, test)->np.ndarray:
         from llm_scratch.classification import label_nats
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.device.type == "cuda"): return label_nats(model, task, [self.data["rows_of"][i] for i in test], batch_size=64)
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.device.type == "cuda"): return label_nats(model, task, [self.data["rows_of"][i] for i in test], batch_size=16)
 
 class Blanked:
     "Samples of which some read tokens are left out: never the question or the label."
@@ -394,14 +409,11 @@ def pilot_encoder(job:Job, args)->None:
     tune = lambda body, stage, seeds=(0, 1), **how: [job.tune_encoder(body, stage, s, 14, seed, **how) for seed in seeds if job.left() > 5]
     tune(body, "base", (0,))
     job.adapt_encoder(body, s, args.adapt_steps, args.adapt_seconds, 0)
-    job.save(body, "pilot_encoder")
     job.probe(body, "adapted", s, 14)
     tune(body, "adapted")
-    tune(body, "adapted lr .4", lr=.4)
-    tune(body, "adapted lr .05", lr=.05)
     job.guess_headings(body, s, 600)
     job.probe(body, "headings", s, 14)
-    for how in (dict(), dict(lr=.05), dict(lr=.4), dict(drop=.2), dict(drop=0), dict(epochs=4), dict(epochs=16)): tune(body, f"headings {how}", **how)
+    for how in (dict(), dict(lr=.05), dict(lr=.4), dict(drop=.2), dict(epochs=16), dict(epochs=4), dict(drop=0)): tune(body, f"headings {how}", note=dict(pilot=True), **how)
     tune(job.encoder(), "random", (0,))
 
 def pilot_encoder2(job:Job, args)->None:
@@ -427,9 +439,8 @@ def pilot_decoder(job:Job, args)->None:
     job.zero_shot(model, "adapted", s, 14)
     tune(model, "adapted")
     job.adapt_decoder(model, s, 0, 0, 500)
-    job.save(model, "pilot_decoder")
     job.zero_shot(model, "headings", s, 14)
-    for how in (dict(), dict(lr=.05), dict(lr=.4), dict(drop=.2), dict(drop=0), dict(epochs=3), dict(epochs=12)): tune(model, f"headings {how}", **how)
+    for how in (dict(), dict(lr=.05), dict(lr=.4), dict(drop=.2), dict(epochs=12), dict(epochs=3), dict(drop=0)): tune(model, f"headings {how}", note=dict(pilot=True), **how)
 
 def minilm_of(job:Job, args)->tuple:
     "The pretrained encoder, its rows, and what it calls filling and a hole."
@@ -454,58 +465,80 @@ def pilot_minilm(job:Job, args)->None:
     job.probe(body, "before", PILOT, 14, **how)
     for more in (dict(lr=1e-4, epochs=6), dict(lr=5e-5, epochs=6), dict(lr=2e-4, epochs=6), dict(lr=1e-4, epochs=12), dict(lr=1e-4, epochs=6, drop=0.)):
         for seed in (0, 1):
-            if job.left() > 5: job.tune_encoder(body, f"tuned {more}", PILOT, 14, seed, make=adamw, blank=hole, **how, **more)
+            if job.left() > 5: job.tune_encoder(body, f"tuned {more}", PILOT, 14, seed, make=adamw, blank=hole, note=dict(pilot=True), **how, **more)
 
-ENCODER,DECODER,MINILM = dict(lr=.15, epochs=8, drop=.1),dict(lr=.15, epochs=6, drop=.1),dict(lr=1e-4, epochs=6, drop=.1)
+RECIPES = dict(encoder=dict(lr=.15, epochs=8, drop=.1), decoder=dict(lr=.15, epochs=6, drop=.1), MiniLM=dict(lr=1e-4, epochs=6, drop=.1)) # unless a pilot has found better ones
+
+def choose(folder:Path)->dict[str, dict]: # a recipe for each model
+    "The recipe that was best on the pilot's families, by the mean of its seeds."
+    from collections import defaultdict
+    found,recipes = defaultdict(list),dict(RECIPES)
+    for part in sorted(folder.glob("pilot_*.jsonl")):
+        for row in map(json.loads, part.read_text().splitlines()):
+            if row.get("pilot"): found[row["model"],json.dumps({k:row[k] for k in ("lr", "epochs", "drop")})].append(row["right"]/row["n"])
+    best = {}
+    for (model,how),shares in found.items():
+        if len(shares) > 1 and np.mean(shares) > best.get(model, 0): best[model],recipes[model] = np.mean(shares),json.loads(how)
+    return recipes
+
+def together(job:Job, model:str, tune, split:int, classes:int, n_seeds:int)->None:
+    "Several seeds, and the mean of what they say."
+    many = [tune(classes, seed) for seed in range(n_seeds) if job.left() > 6]
+    if not many: return
+    np.save(job.folder/f"{model}_{split}_{classes}.npy", np.mean(many, 0).astype(np.float32))
+    if len(many) == n_seeds: job.ensemble(many, model, "together", split, classes)
 
 def encoder_job(job:Job, args, s:int)->None:
     "Everything that the encoder is asked on one split, the most important first."
-    body = job.encoder("base_encoder")
-    for classes in (14, 18): job.probe(body, "general text", s, classes)
-    job.tune_encoder(body, "tuned from general text", s, 14, 0, **ENCODER)
+    from copy import deepcopy
+    how,body = job.recipes["encoder"],job.encoder("base_encoder")
+    kept = dict(general=deepcopy(body))
+    job.probe(body, "general text", s, 14)
     job.adapt_encoder(body, s, args.adapt_steps, args.adapt_seconds, 0)
-    for classes in (14, 18): job.probe(body, "legal text", s, classes)
-    job.tune_encoder(body, "tuned from legal text", s, 14, 0, **ENCODER)
+    kept["legal"] = deepcopy(body)
+    job.probe(body, "legal text", s, 14)
     job.guess_headings(body, s, args.heading_steps)
-    for classes in (14, 18): job.probe(body, "headings", s, classes)
-    for classes in (14, 18):
-        many = [job.tune_encoder(body, "tuned", s, classes, seed, **ENCODER) for seed in range(3) if job.left() > 6]
-        np.save(job.folder/f"encoder_{s}_{classes}.npy", np.mean(many, 0).astype(np.float32))
-        job.ensemble(many, "encoder", "three tuned", s, classes)
-    job.tune_encoder(job.encoder(), "tuned from nothing", s, 14, 0, **ENCODER)
-    if s < FROZEN:
-        for n in CURVE[:-1]:
-            if job.left() > 6: job.tune_encoder(body, "curve", s, 14, 0, n=n, **ENCODER)
+    job.probe(body, "headings", s, 14)
+    together(job, "encoder", lambda classes, seed: job.tune_encoder(body, "tuned", s, classes, seed, **how), s, 14, 3)
+    together(job, "encoder", lambda classes, seed: job.tune_encoder(body, "tuned", s, classes, seed, **how), s, 18, args.seeds_18)
+    for n in CURVE[:-1] if s < FROZEN else ():
+        if job.left() > 6: job.tune_encoder(body, "curve", s, 14, 0, n=n, **how)
+    for stage,body in kept.items():
+        if job.left() > 8: job.tune_encoder(body, f"tuned from {stage} text", s, 14, 0, **how)
+    if job.left() > 8: job.tune_encoder(job.encoder(), "tuned from nothing", s, 14, 0, **how)
+    for stage,body in kept.items(): job.probe(body, f"{stage} text", s, 18)
 
 def decoder_job(job:Job, args, s:int)->None:
     "The same for the decoder."
-    model = job.decoder("base_decoder")
-    for classes in (14, 18): job.zero_shot(model, "general text", s, classes)
-    job.tune_decoder(model, "tuned from general text", s, 14, 0, **DECODER)
+    from copy import deepcopy
+    how,model = job.recipes["decoder"],job.decoder("base_decoder")
+    kept = dict(general=deepcopy(model))
+    job.zero_shot(model, "general text", s, 14)
     job.adapt_decoder(model, s, args.adapt_steps, args.adapt_seconds, 0)
-    for classes in (14, 18): job.zero_shot(model, "legal text", s, classes)
-    job.tune_decoder(model, "tuned from legal text", s, 14, 0, **DECODER)
+    kept["legal"] = deepcopy(model)
+    job.zero_shot(model, "legal text", s, 14)
     job.adapt_decoder(model, s, 0, 0, args.heading_steps)
     job.save(model, f"decoder_{s}")
-    for classes in (14, 18): job.zero_shot(model, "headings", s, classes)
-    for classes in (14, 18):
-        many = [job.tune_decoder(model, "tuned", s, classes, seed, **DECODER) for seed in range(3) if job.left() > 6]
-        np.save(job.folder/f"decoder_{s}_{classes}.npy", np.mean(many, 0).astype(np.float32))
-        job.ensemble(many, "decoder", "three tuned", s, classes)
-    if s < FROZEN:
-        for n in CURVE[:-1]:
-            if job.left() > 6: job.tune_decoder(model, "curve", s, 14, 0, n=n, **DECODER)
+    job.zero_shot(model, "headings", s, 14)
+    together(job, "decoder", lambda classes, seed: job.tune_decoder(model, "tuned", s, classes, seed, **how), s, 14, 3)
+    together(job, "decoder", lambda classes, seed: job.tune_decoder(model, "tuned", s, classes, seed, **how), s, 18, args.seeds_18)
+    for n in CURVE[:-1] if s < FROZEN else ():
+        if job.left() > 6: job.tune_decoder(model, "curve", s, 14, 0, n=n, **how)
+    for stage,body in kept.items():
+        if job.left() > 8: job.tune_decoder(body, f"tuned from {stage} text", s, 14, 0, **how)
+    for stage,body in kept.items():
+        if job.left() > 8: job.zero_shot(body, f"{stage} text", s, 18)
 
 def minilm_job(job:Job, args, s:int)->None:
     "And for an encoder that others have trained on a billion pairs of sentences."
     body,how,hole = minilm_of(job, args)
-    for classes in (14, 18): job.probe(body, "as it comes", s, classes, **how)
-    for classes in (14, 18):
-        many = [job.tune_encoder(body, "tuned", s, classes, seed, make=adamw, blank=hole, **how, **MINILM) for seed in range(3) if job.left() > 6]
-        job.ensemble(many, "MiniLM", "three tuned", s, classes)
-    if s < FROZEN:
-        for n in CURVE[:-1]:
-            if job.left() > 6: job.tune_encoder(body, "curve", s, 14, 0, n=n, make=adamw, blank=hole, **how, **MINILM)
+    how |= job.recipes["MiniLM"]
+    job.probe(body, "as it comes", s, 14, **{k:how[k] for k in ("model", "rows", "pad", "width")})
+    tune = lambda classes, seed: job.tune_encoder(body, "tuned", s, classes, seed, make=adamw, blank=hole, **how)
+    together(job, "MiniLM", tune, s, 14, 3)
+    together(job, "MiniLM", tune, s, 18, args.seeds_18)
+    for n in CURVE[:-1] if s < FROZEN else ():
+        if job.left() > 6: job.tune_encoder(body, "curve", s, 14, 0, n=n, make=adamw, blank=hole, **how)
 
 def held_nats(job:Job, model)->np.ndarray: # of each window, nats per token
     "How well general text is still known."
@@ -591,15 +624,15 @@ def schedule(args, jobs:dict[str, tuple[str, ...]])->dict[str, float]: # seconds
     running,took,failed = {},{},[]
     waiting = {name:needs for name,needs in jobs.items() if not (args.out.with_name(args.out.name + ".parts")/f"{name}.done").exists()}
     done = set(jobs) - set(waiting)
-    folder = Path(f"{args.out}.parts")
+    folder,collected = Path(f"{args.out}.parts"),time.time()
     while (waiting or running) and time.time() < args.until + 20:
         for name in [n for n,needs in waiting.items() if set(needs) <= done]:
             if len(running) >= args.workers: break
             del waiting[name]
             log = open(folder/f"{name}.log", "w")
-            flags = [x for k in ("layers", "width", "base_steps", "base_seconds", "adapt_steps", "adapt_seconds", "heading_steps") for x in (f"--{k.replace('_', '-')}", str(getattr(args, k)))]
+            flags = [x for k in ("layers", "width", "base_steps", "base_seconds", "adapt_steps", "adapt_seconds", "heading_steps", "seeds_18") for x in (f"--{k.replace('_', '-')}", str(getattr(args, k)))]
             (folder/f"{name}.jsonl").unlink(missing_ok=True)
-            running[name] = subprocess.Popen([sys.executable, __file__, "--data", str(args.data), "--out", str(args.out), "--device", args.device, "--job", name, "--until", str(args.until), *flags, *["--tiny"]*args.tiny], stdout=log, stderr=log),time.time()
+            running[name] = subprocess.Popen([sys.executable, __file__, "--data", str(args.data), "--out", str(args.out), "--device", args.device, "--job", name, "--until", str(args.until), *flags, *["--tiny"]*args.tiny], stdout=log, stderr=log, env=os.environ | dict(PYTORCH_CUDA_ALLOC_CONF="expandable_segments:True")),time.time()
         for name,(process,start) in list(running.items()):
             if process.poll() is None: continue
             del running[name]
@@ -607,20 +640,46 @@ def schedule(args, jobs:dict[str, tuple[str, ...]])->dict[str, float]: # seconds
             print(f"{args.until-time.time():6.1f} s left: {name} ended with {process.returncode} after {took[name]} s", flush=True)
             if process.returncode: failed.append(name); print((folder/f"{name}.log").read_text()[-1500:], flush=True)
             else: done.add(name); (folder/f"{name}.done").touch()
-        collect(args)
-        time.sleep(.5)
+        if not running and not any(set(needs) <= done for needs in waiting.values()): break # what they need has failed
+        if time.time()-collected > 15: collect(args); collected = time.time()
+        time.sleep(.2)
     for process,_ in running.values(): process.kill()
     return took
 
+def joint_rows(args, data:dict)->list[dict]: # of what several kinds say together
+    "Encoder and decoder, and counted words as well: the mean of their log-probabilities."
+    folder,words,rows = Path(f"{args.out}.parts"),np.load(args.data/"words.npz") if (args.data/"words.npz").exists() else {},[]
+    normal = lambda x: x - np.log(np.exp(x-x.max(1, keepdims=True)).sum(1, keepdims=True)) - x.max(1, keepdims=True)
+    for split in range(PILOT):
+        for classes in (14, 18):
+            said = {m:normal(np.load(f)) for m in ("encoder", "decoder") if (f := folder/f"{m}_{split}_{classes}.npy").exists()}
+            if len(said) < 2: continue
+            if f"{split}_{classes}" in words: said["words"] = words[f"{split}_{classes}"]
+            names = np.array(sorted(data["core"]) if classes == 14 else range(len(data["names"])))
+            train,test = split_of(data, split, classes == 14)
+            for many in (("encoder", "decoder"), ("encoder", "words"), ("encoder", "decoder", "words")):
+                if set(many) <= set(said): rows.append(score_row(" and ".join(many), "together", classes, split, -1, names[np.mean([said[m] for m in many], 0).argmax(1)], data["label"][test], len(train)))
+    return rows
+
 def collect(args, **more)->None:
-    "All rows so far into one record."
-    from llm_scratch.core import read_json, write_json
-    folder = Path(f"{args.out}.parts")
-    meta = read_json(args.data/"meta.json")
+    "All rows so far into one record; what was said of each clause is kept for the best of each kind."
+    from llm_scratch.core import read_json
+    folder,meta,clauses = Path(f"{args.out}.parts"),read_json(args.data/"meta.json"),np.load(args.data/"clauses.npz")
+    data = dict(names=meta["names"], core=meta["core"], label=clauses["label"].astype(int), test_bits=clauses["test_bits"], train_bits=clauses["train_bits"])
     rows = list(meta["rows"])
     for part in sorted(folder.glob("*.jsonl")): rows += [json.loads(line) for line in part.read_text().splitlines() if line.endswith("}")]
+    rows += joint_rows(args, data)
+    for row in rows:
+        if row["kind"] == "score" and row["stage"] != "together" and (row["model"] != "words counted" or row["n_labels"] < 1900): row.pop("said", None)
+        if "fit" in row: row["fit"] = {k:v for k,v in row["fit"].items() if k in ("steps", "ms", "bytes", "seconds")}
+    fold = ["".join(str(k) for k in range(5) if b>>k & 1) for b in data["test_bits"].tolist()]
+    about = dict(label="".join(LETTERS[i] for i in data["label"]), family=clauses["family"].tolist(), fold="".join(fold), frozen="".join(str(b>>FROZEN & 1) for b in data["test_bits"].tolist()))
     name = torch.cuda.get_device_name() if args.device == "cuda" else "a CPU"
-    write_json(args.out, dict(machine=f"{name}, torch {torch.__version__}", names=meta["names"], core=meta["core"], tiny=args.tiny, **more, rows=rows))
+    record = dict(machine=f"{name}, torch {torch.__version__}", tiny=args.tiny, names=meta["names"], core=meta["core"], n_general=meta["n_general"], **more, clauses=about)
+    text = json.dumps(record, indent=1)[:-2] + ',\n "rows": [\n' + ",\n".join("  " + json.dumps(row) for row in rows) + "\n ]\n}\n" # a row a line
+    json.loads(text)
+    new = args.out.with_name(f".{args.out.name}.new")
+    new.write_text(text, encoding="utf-8"); os.replace(new, args.out)
 
 def main(argv:list[str]|None=None)->None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -629,12 +688,12 @@ def main(argv:list[str]|None=None)->None:
     parser.add_argument("--out", type=Path, default=ROOT/"nbs"/"casestudy.json", metavar="FILE", help="where the record goes; beside it lies a folder from which an interrupted run goes on")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--minutes", type=float, default=7, help="after which it ends, whatever is still to do")
-    parser.add_argument("--workers", type=int, default=6, help="processes at once")
-    parser.add_argument("--pilot", action="store_true", help="compare recipes, on families that no report looks at")
+    parser.add_argument("--workers", type=int, default=14, help="processes at once")
+    parser.add_argument("--pilot", type=float, default=0., metavar="MINUTES", help="of these, compare recipes first, on families that no report looks at")
     parser.add_argument("--splits", default="0,1,2,3,4,5")
     parser.add_argument("--layers", type=int, default=6)
     parser.add_argument("--width", type=int, default=384)
-    for name,default in dict(base_steps=2400, base_seconds=60., adapt_steps=1200, adapt_seconds=60., heading_steps=600).items():
+    for name,default in dict(base_steps=2400, base_seconds=60., adapt_steps=1000, adapt_seconds=60., heading_steps=500, seeds_18=1).items():
         parser.add_argument(f"--{name.replace('_', '-')}", type=type(default), default=default)
     parser.add_argument("--tiny", action="store_true", help="little data, tiny models")
     parser.add_argument("--job", help=argparse.SUPPRESS)
@@ -646,13 +705,17 @@ def main(argv:list[str]|None=None)->None:
     args.until = time.time() + 60*args.minutes
     Path(f"{args.out}.parts").mkdir(parents=True, exist_ok=True)
     bases = dict(base_encoder=(), base_decoder=())
-    if args.pilot: jobs = bases | dict(pilot_minilm=(), pilot_encoder=("base_encoder",), pilot_encoder2=("base_encoder",), pilot_decoder=("base_decoder",))
-    else:
-        splits = args.splits.split(",")
-        jobs = bases | {f"{kind}:{s}":(f"base_{kind}",) for s in splits for kind in ("encoder", "decoder")} | {f"minilm:{s}":() for s in splits}
-        jobs |= {f"methods:{s}":(f"decoder:{s}",) for s in splits if int(s) < FROZEN}
-        if len(splits) > 1: jobs |= {"costs:0":tuple(jobs)} # last and alone
-    took = schedule(args, jobs)
-    collect(args, took=took, flags={k:getattr(args, k) for k in ("layers", "width", "base_steps", "adapt_steps", "heading_steps")})
+    splits,took,end = [s for s in args.splits.split(",") if s],{},args.until
+    if args.pilot:
+        args.until = time.time() + 60*args.pilot
+        took |= schedule(args, bases | dict(pilot_minilm=(), pilot_encoder=("base_encoder",), pilot_decoder=("base_decoder",), pilot_encoder2=("base_encoder",)))
+        print("chosen", choose(Path(f"{args.out}.parts")), flush=True)
+    args.until = end - 30
+    jobs = bases | {f"{kind}:{s}":(f"base_{kind}",) for s in splits for kind in ("encoder", "decoder")} | {f"minilm:{s}":() for s in splits}
+    jobs |= {f"methods:{s}":(f"decoder:{s}",) for s in splits if int(s) < FROZEN}
+    if splits: took |= schedule(args, jobs)
+    args.until = end
+    if "0" in splits: took |= schedule(args, {"costs:0":()}) # last and alone
+    collect(args, took=took, recipes=choose(Path(f"{args.out}.parts")), flags={k:getattr(args, k) for k in ("layers", "width", "base_steps", "adapt_steps", "heading_steps")})
 
 if __name__ == "__main__": main()
