@@ -74,6 +74,10 @@ MAY_IMPORT = {
     "prompting": {"core", "architecture", "lora"},
     "footprint": {"core", "architecture", "planning", "lora", "qlora", "prompting"},
     "clauses": {"core", "comparison", "data", "duplicates", "evaluation"},
+    "finetuning": {"core", "checkpointing", "curriculum", "epochs", "evaluation", "packing", "pretraining"},
+    "clauses": {"core", "comparison", "data", "duplicates", "evaluation"},
+    "classification": {"core", "architecture", "curriculum", "finetuning", "generation", "tasks"},
+    "prompting": {"core", "architecture"},
     "pipeline": {"core", "objectives", "architecture", "backward", "generation", "interchange", "llamacpp", "data", "sources", "cleaning", "privacy", "curation", "duplicates", "tokenization", "fastbpe", "infrastructure", "planning", "checkpointing", "engines", "launching", "monitoring", "pretraining", "rates", "stability", "watching", "evaluation"},
 }
 HEAVY = {"datasets", "tokenizers", "matplotlib", "rich", "typer", "ipywidgets", "transformers", "evaluate", "IPython", "pandas", "nbdev", "numba", "gguf", "xllamacpp",
