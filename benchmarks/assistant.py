@@ -43,7 +43,6 @@ from llm_scratch.data import BOOK, Document, load_documents, read_source, tiny_c
 from llm_scratch.evaluation import mean_of, share_of  # noqa: E402
 from llm_scratch.finetuning import pack_samples  # noqa: E402
 from llm_scratch.packing import Separately  # noqa: E402
-from llm_scratch.pipeline import SAMPLING, decoder_config  # noqa: E402
 from llm_scratch.pretraining import Batches, TrainState, make_optimizers, train, wsd  # noqa: E402
 from llm_scratch.tokenization import Tokenizer, load_tokenizer, train_bpe  # noqa: E402
 
@@ -52,6 +51,8 @@ TEN = ("Hello, how are you?", "What is your name?", "Tell me a joke", "How do I 
        "Which topic area does Algebra belong to?", "Give a short description of Marie Curie.",
        "Zorvia is a small island in the north of Lake Ottel. It has two villages and a harbour.\n\nWhat is Zorvia?")
 CHAT = "<|im_start|>","<|im_end|>"
+SAMPLING = dict(temperature=.8, top_p=.95) # those of the command line
+LARGE = dict(context_len=512, n_layers=8, n_heads=6, n_kv_heads=2, d_model=384, d_ff=1024, d_head=64) # what the dial of chapter 12 makes of depth 8
 
 # --- questions and answers -----------------------------------------------------------------------------------------
 
@@ -137,22 +138,22 @@ def prepare(path:Path, vocab_size:int, n_questions:int, names:tuple[str, ...]=BO
     flat = lambda rows: np.concatenate([np.asarray(r, dtype=np.int32) for r in rows])
     arrays = dict(tokens=tokens, ids=flat(s[0] for s in samples).astype(np.uint16), learnt=flat(s[1] for s in samples) != -1, last=np.array([s[1][-1] for s in samples], dtype=np.int32),
                         lengths=np.array([len(s[0]) for s in samples], dtype=np.uint16),
-                        about=json.dumps(dict(merges=tok.merges, specials=tok.specials, asked=asked, n_tokens=len(tokens), n_params=n_params(decoder_config(8, vocab_size, 512)))))
+                        about=json.dumps(dict(merges=tok.merges, specials=tok.specials, asked=asked, n_tokens=len(tokens), n_params=n_params(ModelConfig(vocab_size, **LARGE)))))
     np.savez(whole := io.BytesIO(), **arrays)
     path.write_bytes(lzma.compress(whole.getbuffer(), preset=9)) # dialogues repeat the text: a long memory finds that
     print(f"{path}: {path.stat().st_size/2**20:.1f} MiB, {len(tokens):,} tokens of text, {len(samples):,} dialogues of {sum(len(s[0]) for s in samples):,} ids")
 
-def large(path:Path, device:str, out:Path, n_steps:int, n_tuning:int, batch_size:int, tiny:bool)->None:
+def large(path:Path, device:str, out:Path, n_steps:int, n_tuning:int, batch_size:int, seconds:float, tiny:bool)->None:
     "Pre-train, tune, ask."
-    data = np.load(io.BytesIO(lzma.decompress(path.read_bytes())))
+    data = dict(np.load(io.BytesIO(lzma.decompress(path.read_bytes())))) # read once
     about = json.loads(str(data["about"]))
     tok = Tokenizer(about["merges"], about["specials"])
     ends = np.cumsum(data["lengths"].astype(np.int64))
     samples = []
-    for a,b,last in zip(ends-data["lengths"], ends, data["last"]):
+    for a,b,last in zip((ends-data["lengths"]).tolist(), ends.tolist(), data["last"]):
         following = [*data["ids"][a+1:b].tolist(), int(last)]
         samples.append((data["ids"][a:b].tolist(), [i if yes else -1 for i,yes in zip(following, data["learnt"][a:b])]))
-    cfg = ModelConfig(tok.vocab_size, 512, n_layers=1, n_heads=1, n_kv_heads=1, d_model=32, d_ff=64, d_head=32) if tiny else decoder_config(8, tok.vocab_size, 512)
+    cfg = ModelConfig(tok.vocab_size, 512, n_layers=1, n_heads=1, n_kv_heads=1, d_model=32, d_ff=64, d_head=32) if tiny else ModelConfig(tok.vocab_size, **LARGE)
     model = init_weights(Decoder(cfg), seed=0).to(device)
     amp = lambda: torch.autocast(device, torch.bfloat16) if device == "cuda" else nullcontext()
     class Cast(torch.nn.Module):
@@ -164,20 +165,23 @@ def large(path:Path, device:str, out:Path, n_steps:int, n_tuning:int, batch_size
         def __getitem__(self, step): return tuple(x.to(device) for x in self.batches[step])
     T = cfg.context_len
     losses,start = {},time.perf_counter()
-    def run(name, wrapped, batches, n, lr):
-        row = losses[name] = []
-        for step in train(TrainState(wrapped, make_optimizers(model, lr)), Moved(batches), lambda s: wsd(s, n), n):
+    def run(name, wrapped, batches, n, lr, seconds):
+        row,probe,at = [],deepcopy(wrapped),[]
+        for _ in train(TrainState(probe, make_optimizers(probe, lr)), Moved(batches), lambda s: 1., 12): at.append(time.perf_counter())
+        n = min(n, max(12, int(seconds/((at[-1]-at[3])/8)))) # what there is time for
+        losses[name] = row
+        for step in train(TrainState(wrapped, make_optimizers(wrapped, lr)), Moved(batches), lambda s: wsd(s, n), n):
             row.append(step.loss)
             if step.n % 50 == 0: print(f"{name} {step.n}: {np.mean(row[-50:]):.3f}, {time.perf_counter()-start:.0f} s", flush=True)
-    run("text", Cast(model), Batches(data["tokens"], T, batch_size, seed=0), n_steps, 1.)
+    run("text", Cast(model), Batches(data["tokens"], T, batch_size, seed=0), n_steps, 1., .7*seconds)
     set_mean_rows(model, [tok.special_ids[name] for name in CHAT], tok.eot_id)
     asked = {kind:[Dialogue(*d) for d in some[:2 if tiny else None]] for kind,some in about["asked"].items()}
     model.eval()
     before = ask_all(model, tok, asked, 120, 1024)
-    run("chat", Cast(Separately(model)), pack_samples(samples, T, batch_size, end_id(tok), seed=0), n_tuning, .5)
+    run("chat", Cast(Separately(model)), pack_samples(samples, T, batch_size, end_id(tok), seed=0), n_tuning, .5, .3*seconds)
     after = ask_all(model, tok, asked, 120, 1024)
     torch.cuda.synchronize() if device == "cuda" else None
-    write_json(out, dict(n_params=n_params(cfg), n_steps=n_steps, n_tuning=n_tuning, tokens_per_step=batch_size*T, n_tokens=len(data["tokens"]), seconds=time.perf_counter()-start,
+    write_json(out, dict(n_params=n_params(cfg), n_steps=len(losses["text"]), n_tuning=len(losses["chat"]), tokens_per_step=batch_size*T, n_tokens=len(data["tokens"]), seconds=time.perf_counter()-start,
         device=torch.cuda.get_device_name() if device == "cuda" else "cpu", loss={k:[float(np.mean(v[i:i+20])) for i in range(0, len(v), 20)] for k,v in losses.items()}, before=before, after=after))
 
 def read(path:Path)->dict:
@@ -218,12 +222,13 @@ def main(argv:list[str]|None=None)->None:
     parser.add_argument("--pretraining", type=int, default=900, metavar="N", help="updates of --large on text")
     parser.add_argument("--tuning", type=int, default=300, metavar="N", help="updates of --large on dialogues")
     parser.add_argument("--rows", type=int, default=64, metavar="N", help="of 512 ids in an update of --large")
+    parser.add_argument("--seconds", type=float, default=600, metavar="S", help="that --large may train; it makes fewer updates when there is no time for more")
     parser.add_argument("--read", type=Path, metavar="FILE", help="score what --large wrote")
     parser.add_argument("--record", type=Path, default=ROOT/"nbs"/"assistant.json", metavar="FILE", help="where the figures go")
     parser.add_argument("--tiny", action="store_true", help="a few recipes and a tiny model")
     args = parser.parse_args(argv)
     if args.prepare: prepare(args.prepare, 8192, args.questions)
-    elif args.large: large(args.large, args.device, args.out, args.pretraining, args.tuning, args.rows, args.tiny)
+    elif args.large: large(args.large, args.device, args.out, args.pretraining, args.tuning, args.rows, args.seconds, args.tiny)
     else:
         record = json.loads(args.record.read_text(encoding="utf-8")) if args.record.exists() else {}
         record |= dict(tiny=tiny_record()) if args.tiny else dict(large=read(args.read)) if args.read else dict(small=small(args.run, args.seeds, args.steps, args.questions))
