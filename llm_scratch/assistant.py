@@ -41,7 +41,7 @@ from .tokenization import HubTokenizer, Tokenizer, to_tokenizers_json
 # %% ../nbs/08g_assistant.ipynb #08gtemplate
 Message = dict[str, str] # `role` and `content`
 
-CHAT_TEMPLATE = """{%- set first = 1 if messages and messages[0].role == 'system' else 0 %}
+CHAT_TEMPLATE = r"""{%- set first = 1 if messages and messages[0].role == 'system' else 0 %}
 {%- for message in messages %}
 {%- set role = ['user', 'assistant'][(loop.index0 - first) % 2] %}
 {%- if not (first and loop.first) and message.role != role %}
@@ -127,7 +127,7 @@ def check_template(
 )->str: # the same
     "`UserError` when a model could not be asked with this template, or would be asked otherwise than it was taught."
     closed,opened,told = render_chat(_PROBE[:1], False, template),render_chat(_PROBE[:1], True, template),render_chat(_PROBE, False, template)
-    if opened == closed: raise UserError("the chat template has no generation prompt: with add_generation_prompt it must open the answer, as in {% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}")
+    if opened == closed: raise UserError("the chat template has no generation prompt: with add_generation_prompt it must open the answer, as in {% if add_generation_prompt %}<|im_start|>assistant{% endif %}")
     if not told.startswith(opened): raise UserError(f"the chat template asks with {opened!r} and teaches with {told!r}: an answer must follow its generation prompt")
     return template
 
@@ -196,8 +196,8 @@ def recipe_dialogues(
     for doc in docs:
         head,_,steps = doc.text.partition("\nSteps:\n")
         title,_,ingredients = head.removeprefix("# ").partition("\n\nIngredients:\n")
-        yield ask(f"How do I make {title}?", steps, "steps", title)
-        yield ask(f"What ingredients do I need for {title}?", ingredients, "ingredients", title)
+        yield ask(f"How do I make {title}?", steps.strip(), "steps", title)
+        yield ask(f"What ingredients do I need for {title}?", ingredients.strip(), "ingredients", title)
 
 # %% ../nbs/08g_assistant.ipynb #08gwiki
 _END = re.compile(r"(?<=[a-z0-9)\]\"”’%][.!?])\s+(?=[\"“(]?[A-Z0-9])") # a blank before a capital, and no initial before it
@@ -440,11 +440,12 @@ def in_form(
     answer:str, # as it was written, without its end
     has_ended:bool, # by itself, and not because it was too long
 )->bool: # whether it looks like an answer to that question
-    "Steps are numbered from 1, ingredients are a list, a topic is one that there is, everything else is one line of text; and each comes to its end."
-    lines,kind = answer.strip().split("\n"),kind.removesuffix(", given")
-    if not has_ended: return False
-    if kind in _LINES: return all(re.fullmatch(_LINES[kind], line) for line in lines) and (kind != "steps" or lines[0].startswith("1. "))
-    return answer.strip() in TOPICS if kind == "topic" else len(lines) == 1 and lines[0][-1:] in ".!?\"”)" and len(lines[0]) > 1 or kind in ("description", "story") and bool(answer.strip())
+    "Steps are numbered from 1, ingredients are a list, a topic is one that there is, a description or a story is any text, the rest is one whole sentence; and each comes to its end."
+    text,kind = answer.strip(),kind.removesuffix(", given")
+    if not (has_ended and text): return False
+    if kind in _LINES: return all(re.fullmatch(_LINES[kind], line) for line in text.split("\n")) and (kind != "steps" or text.startswith("1. "))
+    if kind == "topic": return text in TOPICS
+    return kind in ("description", "story") or len(text) > 1 and "\n" not in text and text[-1] in ".!?\"”)"
 
 # %% ../nbs/08g_assistant.ipynb #08gf1
 def word_f1(

@@ -1,8 +1,9 @@
 "Dialogues as text and ids, grown models and folders of assistants: laws and mistakes beyond those of chapter 08g."
+import io
 import json
-import random
 import subprocess
 import sys
+import zipfile
 import zlib
 from dataclasses import replace
 from pathlib import Path
@@ -132,10 +133,13 @@ def test_old_scores_stay_and_new_ones_are_their_mean(old, tied):
 
 @torch.no_grad()
 def test_free_rows_are_used_first_and_get_the_mean(old):
-    grown, tok = add_tokens(old, Tokenizer(OLD.merges[:-1]), ["<|a|>", "<|b|>"])  # 256+62 merges... fewer tokens than rows
-    n = Tokenizer(OLD.merges[:-1]).vocab_size
-    assert tok.vocab_size == n+2 and grown.cfg.vocab_size == max(320, n+2)
-    assert_close(grown.embed_tokens.weight[n], old.embed_tokens.weight[:min(n, 320)].mean(0), rtol=1e-4, atol=1e-5)
+    few = Tokenizer(OLD.merges[:-5], ("<|endoftext|>",))  # 315 tokens, and the model has 320 rows
+    grown, tok = add_tokens(old, few, ["<|a|>", "<|b|>"])
+    assert (few.vocab_size, tok.vocab_size, grown.cfg.vocab_size) == (315, 317, 320)
+    for i in (315, 316): assert_close(grown.embed_tokens.weight[i], old.embed_tokens.weight[:315].mean(0), rtol=1e-4, atol=1e-5)
+    assert torch.equal(grown.embed_tokens.weight[:315], old.embed_tokens.weight[:315]) and torch.equal(grown.embed_tokens.weight[317:], old.embed_tokens.weight[317:])
+    grown, tok = add_tokens(old, few, [f"<|{c}|>" for c in "abcdefg"])
+    assert (tok.vocab_size, grown.cfg.vocab_size, grown.embed_tokens.num_embeddings, len(grown.embed_tokens.weight)) == (322, 322, 322, 322)
 
 
 @torch.no_grad()
@@ -164,7 +168,7 @@ def test_an_article_answers():
 
 
 @pytest.mark.parametrize("prose, first", [("He met Dr. Who. Then he left.", "He met Dr. Who."), ("A. B. Smith sang. She left.", "A. B. Smith sang."), ("In c. 1900. Then.", "In c. 1900."), ("It has 3.5 m. More.", "It has 3.5 m."),
-                                          ("Was it? Yes.", "Was it?"), ("lower. case goes on. Now.", "lower. case goes on."), ("one", "one"), ('He said "no." She left.', 'He said "no."')])
+                                          ("Was it? Yes.", "Was it?"), ("lower. case goes on. Now.", "lower. case goes on."), ("one", "one")])
 def test_sentences_end(prose, first): assert first_sentence(prose) == first
 
 
@@ -181,14 +185,10 @@ def test_a_recipe_answers():
 
 
 def test_small_talk_takes_turns():
-    import io
-    import zipfile
-    empty = "conversations: []\n"
-    with zipfile.ZipFile(whole := io.BytesIO(), "w") as z:
-        for name in a._SMALL_TALK: z.writestr(f"chatterbot_corpus/data/english/{name}.yml", empty)
+    files = dict(conversations="- - Hi\n  - Hello\n  - |\n    How are\n    you?\n  - Fine\n  - Odd\n", emotion="- - Sad?\n  - 'No'\n  - Never\n- - Alone\n")
     with zipfile.ZipFile(io.BytesIO(), "w") as z:
         for name in a._SMALL_TALK:
-            z.writestr(f"chatterbot_corpus/data/english/{name}.yml", dict(conversations="conversations:\n- [Hi, Hello, 'How are\n  you?', Fine, Odd]\n", emotion="conversations:\n- [Sad?, 'No', Never]\n- [Alone]\n").get(name, empty))
+            z.writestr(f"chatterbot_corpus/data/english/{name}.yml", f"conversations:\n{files.get(name, '- - Alone')}")
         got = [t for _, t, _ in a._small_talk(z)]
     assert got == ["Hi\nHello\nHow are you?\nFine", "Sad?\nNo", "Sad?\nNever"]
     assert (SMALL_TALK.package, SMALL_TALK.version, len(SMALL_TALK.sha256)) == ("chatterbot-corpus", "1.3.3", 64)
@@ -228,14 +228,14 @@ def test_what_is_too_long_is_cut_and_what_has_no_answer_left_out():
 def test_only_answers_are_learnt_and_the_end_comes_back(old):
     model, tok = add_tokens(old, OLD)
     pairs = [ask("Soup?", "Boil.", "x"), ask("Rice?", "Rinse it.", "x")]
-    steps = list(tune_assistant(model, tok, pairs, 60, batch_size=1, lr=.5, context_len=64))
+    steps = list(tune_assistant(model, tok, pairs, 150, batch_size=1, lr=.5, context_len=64))
     n = sum(sum(encode_chat(tok, d.messages).is_answer) for d in pairs)
-    assert [s.n for s in steps] == list(range(1, 61)) and {s.n_tokens for s in steps} == {n} and steps[-1].loss < .1 < steps[0].loss
+    assert [s.n for s in steps] == list(range(1, 151)) and {s.n_tokens for s in steps} == {n} and steps[-1].loss < .1 < steps[0].loss
     model.eval()
-    assert [a.text for a in answer_all(model, tok, pairs, 20)] == ["Boil.", "Rinse it."] and all(a.has_ended for a in answer_all(model, tok, pairs, 20))
+    assert [(x.text, x.has_ended) for x in answer_all(model, tok, pairs, 20)] == [("Boil.", True), ("Rinse it.", True)]
     assert "".join(reply(model, tok, turns("Rice?"), temperature=0)) == "Rinse it."
-    again = add_tokens(old, OLD)[0]
-    assert [s.loss for s in tune_assistant(again, tok, pairs, 3, batch_size=1, lr=.5, context_len=64)] == [s.loss for s in steps[:3]][:0] + [s.loss for s in tune_assistant(add_tokens(old, OLD)[0], tok, pairs, 3, batch_size=1, lr=.5, context_len=64)]
+    few = lambda seed: [s.loss for s in tune_assistant(add_tokens(old, OLD)[0], tok, pairs*9, 3, batch_size=1, context_len=32, seed=seed)]
+    assert few(0) == few(0) != few(1)
 
 
 @settings(max_examples=30, deadline=None)
@@ -322,7 +322,7 @@ def test_marks():
     three = [right("red", truth="red"), right("blue", truth="blue"), right("green", truth="red")]
     assert (fact_score(three).mean, luck_score(three).mean) == (2/3, 0.)
     assert word_f1("a cat sat", "the cat sat down") == pytest.approx(4/5) and word_f1("", "x") == 0
-    assert in_form("description", "hot drink", True) and not in_form("description", " ", True) and not in_form("description", "a\nb", True)
+    assert in_form("description", "hot drink", True) and not in_form("description", " ", True) and not in_form("fact", "A.\nB.", True)
     assert in_form("story", "One.\nTwo.", True) and in_form("topic", " Arts ", True) and not in_form("moral", "No end", True) and in_form("small talk", "Yes!", True)
     assert not in_form("steps", "1. Boil.\n- salt", True) and not in_form("ingredients", "1. Boil.", True)
 
