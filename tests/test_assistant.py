@@ -107,6 +107,7 @@ def test_templates_of_others():
     assert tok.decode([i for i, yes in zip(ids, is_answer) if yes]) == "Boil.<|eot_id|>"
     with pytest.raises(UserError, match="no special token <.start_header_id"): encode_chat(TOK, turns("x"), template=llama)
     with pytest.raises(UserError, match="no generation prompt"): check_template(llama.partition("{% if")[0])
+    with pytest.raises(UserError, match="an answer must follow its generation prompt"): check_template(CHAT_TEMPLATE.replace("<|im_start|>assistant\\n", "<|im_start|>assistant: "))
     with pytest.raises(UserError, match="without a special token"): end_id(TOK, "{% for m in messages %}{{ m.role ~ ': ' ~ m.content ~ '\n' }}{% endfor %}{% if add_generation_prompt %}{{ 'assistant: ' }}{% endif %}")
     with pytest.raises(UserError, match="no Jinja"): render_chat(turns("x"), template="{% for %}")
 
@@ -324,7 +325,7 @@ def test_marks():
     assert word_f1("a cat sat", "the cat sat down") == pytest.approx(4/5) and word_f1("", "x") == 0
     assert in_form("description", "hot drink", True) and not in_form("description", " ", True) and not in_form("fact", "A.\nB.", True)
     assert in_form("story", "One.\nTwo.", True) and in_form("topic", " Arts ", True) and not in_form("moral", "No end", True) and in_form("small talk", "Yes!", True)
-    assert not in_form("steps", "1. Boil.\n- salt", True) and not in_form("ingredients", "1. Boil.", True)
+    assert not in_form("steps", "1. Boil.\n- salt", True) and not in_form("ingredients", "1. Boil.", True) and in_form("steps", "1. Boil.", True) and not in_form("steps", "2. Boil.", True)
 
 
 def test_answers_come_in_order_and_long_questions_lose_their_beginning(model):
