@@ -62,6 +62,7 @@ MAY_IMPORT = {
     "metrics": {"core", "architecture", "epochs", "evaluation"},  # epochs: what a model recites
     "preference": {"core", "evaluation"},
     "harness": {"evaluation", "generation"},
+    "assistant": {"core", "data", "evaluation", "finetuning", "generation", "interchange", "packing", "pretraining", "tokenization"},  # a chapter that joins many: text, ids, model and training meet in a dialogue
     "bridge": {"core", "data", "duplicates", "evaluation", "harness"},  # questions of others, and whether the training text has seen them
     "report": {"core", "architecture", "objectives", "evaluation", "comparison", "perplexity", "metrics", "harness"},  # objectives: whose promises are checked
     "pipeline": {"core", "objectives", "architecture", "backward", "generation", "interchange", "llamacpp", "data", "sources", "cleaning", "privacy", "curation", "duplicates", "tokenization", "fastbpe", "infrastructure", "planning", "checkpointing", "engines", "launching", "monitoring", "pretraining", "rates", "stability", "watching", "evaluation", "comparison", "perplexity", "metrics", "harness", "bridge", "report"},
