@@ -27,6 +27,7 @@ from llm_scratch.finetuning import TuningBatches  # noqa: E402
 from llm_scratch.pretraining import TrainState, make_adamw, make_optimizers, train, wsd  # noqa: E402
 from llm_scratch.reinforcement import GRPOConfig, Sums, train_grpo  # noqa: E402
 
+COLUMNS = ("reward", "entropy", "kl", "length", "equal", "clipped") # of a round; the record holds means of five rounds
 WAYS = {"sound checker":("exact", .02), "sound, no leash":("exact", 0.), "cheatable, leash":("anywhere", .2), "cheatable, no leash":("anywhere", 0.)} # checker and beta
 SIZES = ModelConfig(len(Sums.chars), context_len=32, n_layers=2, n_heads=4, n_kv_heads=2, d_model=48, d_ff=96, d_head=12)
 
@@ -43,6 +44,10 @@ def split(seed:int)->tuple[list, list]:
     order = np.random.default_rng((seed, 7)).permutation(100)
     return [Sums.questions[i] for i in order[20:]], [Sums.questions[i] for i in order[:20]]
 
+def packed(values)->str:
+    "Numbers as one short line of the record."
+    return " ".join(f"{x:.4g}" for x in values)
+
 def one(base:Decoder, seed:int, way:str, n_rounds:int, device:str)->dict:
     "A run, with a look at the truth every ten rounds."
     checker, beta = WAYS[way]
@@ -55,16 +60,17 @@ def one(base:Decoder, seed:int, way:str, n_rounds:int, device:str)->dict:
     look = lambda: [float(Sums.p_right(model, some).mean()) for some in (practised, unseen)]
     rows, right = [], [look()]
     for r in train_grpo(state, base, [Sums.prompt(*q) for q in practised], reward, lambda k: min(1, (k+1)/10), n_rounds, cfg):
-        rows.append([round(x, 4) for x in (r.reward, r.entropy, r.kl, r.length, r.equal, r.clipped)])
+        rows.append([getattr(r, name) for name in COLUMNS])
         if r.n%10 == 0: right.append(look())
-    return dict(way=way, seed=seed, beta=beta, checker=checker, rounds=rows, right=[[round(x, 4) for x in pair] for pair in right], # the columns of `rounds` are named in `about`
-                before=[round(float(p), 5) for p in Sums.p_right(base, practised)], after=[round(float(p), 5) for p in Sums.p_right(model, practised)])
+    bins = np.array(rows).reshape(-1, 5, len(COLUMNS)).mean(1).T # of five rounds
+    return dict(way=way, seed=seed, beta=beta, checker=checker, **{name:packed(x) for name, x in zip(COLUMNS, bins)}, practised=packed(p for p, _ in right), unseen=packed(p for _, p in right),
+                before=packed(Sums.p_right(base, practised)), after=packed(Sums.p_right(model, practised)))
 
 def main()->None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tiny", action="store_true", help="one seed and few rounds, for a test")
     parser.add_argument("--seeds", type=int, default=5, help="how many")
-    parser.add_argument("--rounds", type=int, default=150, help="of each run")
+    parser.add_argument("--rounds", type=int, default=150, help="of each run, a multiple of 10")
     parser.add_argument("--device", default="cpu", help="cpu or cuda")
     parser.add_argument("--out", type=Path, default=ROOT/"nbs"/"grpo.json")
     args = parser.parse_args()
@@ -74,8 +80,8 @@ def main()->None:
         base = taught(seed, args.device, n_steps)
         for way in WAYS:
             runs.append(one(base, seed, way, n_rounds, args.device))
-            print(f"seed {seed}, {way}: reward {np.mean([r[0] for r in runs[-1]['rounds'][-10:]]):.3f}, right {runs[-1]['right'][-1]}, {time.process_time()-start:.0f} s", flush=True)
-    about = dict(columns=["reward", "entropy", "kl", "length", "equal", "clipped"], practised=80, unseen=20, form_updates=n_steps, n_rounds=n_rounds, weights=sum(p.numel() for p in base.parameters()),
+            print(f"seed {seed}, {way}: reward {runs[-1]['reward'].split()[-1]}, right {runs[-1]['practised'].split()[-1]} and {runs[-1]['unseen'].split()[-1]}, {time.process_time()-start:.0f} s", flush=True)
+    about = dict(columns=COLUMNS, rounds_of_a_bin=5, practised=80, unseen=20, form_updates=n_steps, n_rounds=n_rounds, weights=sum(p.numel() for p in base.parameters()),
                  cpu_seconds=round(time.process_time()-start), torch=torch.__version__, python=platform.python_version(), device=args.device)
     write_json(args.out, dict(about=about, runs=runs))
 

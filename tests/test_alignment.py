@@ -245,7 +245,7 @@ def test_two_processes_make_the_step_of_one(ranks):
     (two, w2), (one, w1) = ranks["dpo"]
     assert_close(torch.tensor(two), torch.tensor(one), atol=1e-5, rtol=1e-5)
     assert_close(torch.tensor(w2), torch.tensor(w1), atol=2e-5, rtol=1e-4)
-    assert one[0][0] == pytest.approx(math.log(2), abs=1e-5) > one[-1][0]
+    assert one[0][0] == pytest.approx(math.log(2), abs=1e-5) and one[-1][0] < .6
 
 
 def test_two_processes_reinforce_as_one(ranks):
