@@ -75,7 +75,7 @@ def scored(runs:list[list[Answer]])->dict[str, list[float]]:
     over_seeds = lambda score: mean_of(np.mean([[score(i, a) for i,a in enumerate(run)] for run in runs], 0))
     form = [[in_form(a.dialogue.kind.removesuffix(", learnt"), a.text, a.has_ended) for a in run] for run in runs]
     same = share_of(round(np.mean(form)*len(right)), len(right)) # none and all have error bars too
-    return dict(form=[round(float(np.mean(form)), 4), round(max(same.stderr, mean_of(np.mean(form, 0)).stderr), 4), len(right)], f1=three(over_seeds(lambda i, a: word_f1(a.text, right[i]))),
+    return dict(ended=round(float(np.mean([[a.has_ended for a in run] for run in runs])), 4), form=[round(float(np.mean(form)), 4), round(max(same.stderr, mean_of(np.mean(form, 0)).stderr), 4), len(right)], f1=three(over_seeds(lambda i, a: word_f1(a.text, right[i]))),
                 luck=three(over_seeds(lambda i, a: word_f1(a.text, right[(i+1)%len(right)]))),
                 exact=round(float(np.mean([[a.text.strip() == r.strip() for a,r in zip(run, right)] for run in runs])), 4),
                 f1_by_seed=[round(float(np.mean([word_f1(a.text, r) for a,r in zip(run, right)])), 4) for run in runs])

@@ -160,6 +160,7 @@ def add_tokens(
     names:Iterable[str]=("<|im_start|>", "<|im_end|>"), # special tokens; those that are there already are left alone
 )->tuple[nn.Module, Tokenizer]: # both with the new tokens, which get the next free ids
     "A copy with more rows, old ones untouched; rows that padding had left free are used first."
+    if isinstance(tok, HubTokenizer): raise UserError(f"the tokenizer of an imported model stays as it is: give a chat template made of the special tokens that it has ({', '.join(_special_ids(tok))})")
     new = [name for name in dict.fromkeys(names) if name not in tok.special_ids]
     grown,bigger,n_old = deepcopy(model),Tokenizer(tok.merges, (*tok.specials, *new)),model.cfg.vocab_size
     n_rows = max(n_old, bigger.vocab_size)

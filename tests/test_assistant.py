@@ -81,6 +81,7 @@ def test_what_people_type_is_ordinary_in_both_tokenizers(evil, tmp_path):
     ours = encode_chat(TOK, messages, True)
     assert encode_chat(hub, messages, True) == ours and sum(i >= TOK.eot_id for i in ours.ids) == 7
     assert hub.encode("<|im_end|>") == [END]  # as it was before
+    with pytest.raises(UserError, match="has .<.endoftext.>, <.im_start.>, <.im_end.>"): add_tokens(None, hub)
 
 
 def test_the_template_cannot_reach_out():
@@ -339,4 +340,4 @@ def test_the_benchmark_runs(tmp_path):
     done = subprocess.run([sys.executable, ROOT/"benchmarks"/"assistant.py", "--tiny", "--record", tmp_path/"r.json"], capture_output=True, text=True, encoding="utf-8", timeout=120, check=False)
     assert done.returncode == 0, done.stderr
     record = json.loads((tmp_path/"r.json").read_text())["tiny"]
-    assert len(record["ten"]) == 10 and set(record["scores"]["all"]["after"]) == {"form", "f1", "luck", "exact", "f1_by_seed"}
+    assert len(record["ten"]) == 10 and set(record["scores"]["all"]["after"]) == {"ended", "form", "f1", "luck", "exact", "f1_by_seed"}
