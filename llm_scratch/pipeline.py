@@ -7,8 +7,8 @@ __all__ = ['PRESETS', 'BRIEFS', 'IMPORT', 'Watch', 'CLEANING', 'MOST_READ', 'SAM
            'gpu', 'cluster', 'open_brief', 'briefed', 'Run', 'open_run', 'start_run', 'quietly', 'cleaning_stages',
            'prepare_documents', 'prepare_tokens', 'read_log', 'preset_layout', 'check_memory', 'free_bytes', 'pretrain',
            'model_card', 'save_pretrained', 'write_texts', 'read_results', 'evaluate_run', 'run_verdicts', 'scorecard',
-           'save_scorecard', 'save_report', 'stream_text', 'main', 'preset_plan', 'preset_rows', 'is_imported',
-           'import_hf', 'import_gguf', 'open_imported', 'export_hf', 'export_gguf']
+           'save_scorecard', 'save_report', 'stream_text', 'main', 'tune_clauses', 'tune_chat', 'preset_plan',
+           'preset_rows', 'is_imported', 'import_hf', 'import_gguf', 'open_imported', 'export_hf', 'export_gguf']
 
 # %% ../nbs/12_pipeline.ipynb #0e203540
 import codecs
@@ -37,23 +37,28 @@ from safetensors import safe_open
 from torch import nn
 
 from .architecture import Decoder, ModelConfig, init_weights, load_model, n_params, save_model, training_flops_per_token
-from .backward import quick_training
+from .assistant import Assistant, add_tokens, answer_all, book_dialogues, fact_score, form_score, given_dialogues, luck_score, mix_dialogues, open_assistant, reply, save_assistant, set_mean_rows, split_by_title, tune_assistant
+from .backward import quick_products, quick_training
+from .classification import label_choice, label_task
+from .clauses import CORE_14, family_of, is_test, keyword_rules, majority, tfidf_svm
 from .cleaning import basic_stages, full_stages, listed_words, quality_texts, train_quality
 from .checkpointing import clear_leftovers, keep_last, latest, run_lock, saved
 from .comparison import leaderboard_text
 from .core import UserError, atomic_path, read_json, write_json
 from .curation import curate, curation_notes, read_curated
-from .data import SOURCES, Document, load_corpus, load_documents, nearest, save_documents, split_corpus, tiny_corpus, to_dataset
+from .data import SOURCES, Document, load_corpus, load_documents, nearest, read_source, save_documents, split_corpus, tiny_corpus, to_dataset
 from .duplicates import Decontaminate
 from .engines import ENGINES, Engine, end_rank, is_loss_of_contact, make_engine, speaks_first
 from .bridge import QUESTION_SETS, find_leaks, load_questions
 from .evaluation import NGram, bits_per_byte, counts_steps, looks_like_recipe, mean_of, ratio_of, share_of, train_ngram
+from .footprint import METHODS, Tuning
 from .generation import Cache, sample, stream
 from .interchange import TOKENIZER_FILES, copy_tokenizer, find_tensors, load_hf, load_special_ids, save_hf
 from .harness import ModelScorer, NGramScorer, TaskResult, baselines, stand
 from .infrastructure import HardwareSampler, doctor_rows, hardware_report, local_preflight, measured_rows, preflight_rank, read_memory
 from .launching import WAYS, launch, launch_text, make_job
 from .llamacpp import load_gguf, read_gguf, save_gguf, write_modelfile
+from .methods import frozen_split, judge_labels, method_rows, methods_table, save_tuned, try_method
 from .metrics import memorisation_rate
 from .monitoring import Monitors, open_monitors, read_rows, write_monitoring
 from .objectives import LEGAL_BRIEF, RECIPES_BRIEF, Brief, Pace, Verdict, brief_settings, check_gates, gate_rows, gates_hold, load_brief, save_brief
@@ -216,6 +221,7 @@ class Run:
     speed = property(lambda self: self.folder/"speed.jsonl", doc="Like `results`, for what is never the same twice: times.")
     items = property(lambda self: self.folder/"items.jsonl", doc="Figures by document or question, to compare runs with.")
     report = property(lambda self: self.folder/"report.html", doc="All that was measured, with plots.")
+    tuned = property(lambda self: self.folder/"tuned", doc="What fine-tuning made: a folder for each task.")
     samples = property(lambda self: self.folder/"samples.json", doc="Texts that the model wrote.")
 
 def open_run(
@@ -293,6 +299,7 @@ def prepare_documents(
         p = run.preset
         if p.cleaning != "off": corpus,notes = _cleaned(run, watch, workers)
         else: corpus,notes = tiny_corpus() if p.sources == ("tiny",) else load_corpus(p.sources),""
+        corpus = corpus.filter(lambda source, id: source != "licences" or not is_test(family_of(id.partition("/")[2])), input_columns=["source", "id"]) # chapter 08e judges by these
         save_documents(split_corpus(corpus, _held(corpus, p.n_validation)), run.documents, notes) # one split for all seeds
     return load_documents(run.documents)
 
@@ -923,6 +930,83 @@ def _compare_verb(runs:Annotated[list[Path], typer.Argument(metavar="RUN...", he
     if not (name := figure or next(iter(names), None)): raise UserError("these runs measured nothing in common: evaluate them on the same texts")
     Console(highlight=False, markup=False).print(f"{name}\n{leaderboard_text(compare_runs(items, name, min if name.startswith('bits') else max))}", soft_wrap=True)
 
+# %% ../nbs/12_pipeline.ipynb #f8tune02
+def _tuned_rows(run:Run, task:str, rows:list[dict])->None:
+    "Keep what tuning has found, beside what it made."
+    for row in rows: row["seed"] = run.seed
+    _write_lines(run.tuned/f"{task}.jsonl", rows)
+
+def tune_clauses(
+    run:Run, # with a model
+    methods:tuple[str, ...]=("full",), # of `METHODS`; the gates of a brief see the first
+    epochs:float=3., # times through the labelled clauses
+    rank:int=8, # of adapters
+    watch:Watch=quietly, # shows progress
+)->str: # a table, Markdown
+    "Step 8: teach the model of a run to name clauses, and say what each method took, reached and forgot."
+    if unknown := [m for m in methods if m not in METHODS]: raise UserError(f"there is no method {unknown[0]}: give some of {', '.join(METHODS)}, or all")
+    if not run.model.exists(): raise _missing(run, run.model, "pretrain")
+    model,tok,(seen,held) = load_model(run.model),load_tokenizer(run.tokenizer),frozen_split()
+    others = load_documents(run.documents)["validation"]["text"][:100]
+    task,outcomes = label_task(tok, CORE_14, model.cfg.context_len),[]
+    run.tuned.mkdir(exist_ok=True)
+    with quick_products(model.cfg.context_len):
+        rivals = {"not tuned":judge_labels(lambda texts: label_choice(model, task, [tok.encode(t) for t in texts]), held)} | {m.__name__:judge_labels(partial(m, seen), held) for m in (majority, keyword_rules, tfidf_svm)}
+        for method in methods:
+            n_steps = max(1, round(epochs*len(seen)/16))
+            new,outcome = try_method(model, tok, task, seen, held, others, Tuning(method, rank=rank), n_steps, seed=run.seed, watch=lambda steps: watch(steps, f"tune {method}", n_steps))
+            save_tuned(new, run.tuned/f"clauses-{method}", method, tok.eot_id)
+            outcomes.append(outcome)
+    table = methods_table(outcomes, rivals)
+    with atomic_path(run.tuned/"clauses.md") as new: new.write_text(f"# Clauses\n\n{len(seen):,} to learn from, {len(held)} of other families to be judged by; error bars over families.\n\n{table}\n", encoding="utf-8")
+    _tuned_rows(run, "clauses", method_rows(outcomes, rivals))
+    return table
+
+# %% ../nbs/12_pipeline.ipynb #f8tune03
+def tune_chat(
+    run:Run, # with a model
+    n_steps:int=300, # updates
+    watch:Watch=quietly, # shows progress
+)->list[dict]: # figures before and after
+    "Step 8: make an assistant of the model of a run; it answers in `llm-scratch chat`."
+    if not run.model.exists(): raise _missing(run, run.model, "pretrain")
+    model,tok = add_tokens(load_model(run.model), load_tokenizer(run.tokenizer))
+    set_mean_rows(model, [i for name,i in tok.special_ids.items() if name.startswith("<|im_")], tok.eot_id) # a run's tokenizer has them, and its training has not met them
+    unread = [t.partition("\n")[0].removeprefix("# ") for t in load_documents(run.documents)["validation"]["text"]] # nobody is taught about these
+    learn,held = split_by_title([*book_dialogues(), *given_dialogues(*map(read_source, ("recipes", "encyclopaedia")))], titles=unread)
+    asked = mix_dialogues(held, {"steps":40, "ingredients":40, "fact":40, "ingredients, given":40}, seed=run.seed)
+    def figures(when:str)->Iterator[dict]:
+        answers = answer_all(model.eval(), tok, asked)
+        for kind in dict.fromkeys(a.dialogue.kind for a in answers):
+            own = [a for a in answers if a.dialogue.kind == kind]
+            for what,score in (("form of answers", form_score), ("words of the source in answers", fact_score), ("words by luck in answers", luck_score)): yield report_row(f"{what}, {kind}, {when}", score(own), step="finetune")
+    rows = list(figures("before"))
+    with quick_training(model, model.cfg.context_len):
+        for _ in watch(tune_assistant(model.train(), tok, mix_dialogues(learn, seed=run.seed), n_steps, seed=run.seed), "tune for dialogues", n_steps): pass
+    rows += figures("after")
+    run.tuned.mkdir(exist_ok=True)
+    save_assistant(model, tok, run.tuned/"chat")
+    _tuned_rows(run, "chat", rows)
+    return rows
+
+# %% ../nbs/12_pipeline.ipynb #f8tune04
+@_verb("finetune")
+def _finetune_verb(run:_RunOption=None, preset:_PresetOption=None, task:Annotated[str, typer.Option(help="clauses: name the kind of a legal clause; chat: answer as an assistant")]="clauses",
+    method:Annotated[str, typer.Option(help=f"of clauses: {', '.join(METHODS)}, several with commas, or all")]="full", epochs:Annotated[float, typer.Option(help="times through the clauses", min=.01)]=3., rank:Annotated[int, typer.Option(help="of adapters", min=1)]=8,
+    steps:Annotated[int, typer.Option(help="updates of chat", min=1)]=300)->None:
+    "Tune the model of a run for a task, and say what it took, reached and forgot; status 1 if a gate of the brief was not shown to hold."
+    from rich.console import Console
+    from rich.markdown import Markdown
+    r,out = open_run(_home(run, preset)),Console(highlight=False, markup=False)
+    if task not in ("clauses", "chat"): raise UserError(f"there is no task {task}: give clauses or chat")
+    if task == "clauses": out.print(Markdown(tune_clauses(r, METHODS if method == "all" else _names(method), epochs, rank, _track())))
+    elif method != "full": raise UserError(f"an assistant learns new tokens, so all its weights are tuned: leave out --method {method}")
+    else:
+        for _,figure,value,n,_ in _table(tune_chat(r, steps, _track())): out.print(f"{figure:52} {value}", soft_wrap=True)
+    out.print(f"tuned: {r.tuned}", soft_wrap=True)
+    kept = check_gates(load_brief(r.brief), _read_lines(r.tuned/f"{task}.jsonl"), "finetune") if r.brief.exists() and task == "clauses" else []
+    if kept and not gates_hold(kept): _fail(f"{sum(v.outcome != 'pass' for v in kept)} of {len(kept)} gates of {r.brief} were not shown to hold: {'; '.join(' '.join(row) for row in gate_rows(kept))}", 1)
+
 # %% ../nbs/12_pipeline.ipynb #ed59a32b
 _EngineOption = Annotated[str, typer.Option("--engine", help=f"{', '.join(ENGINES)}: who trains; all but plain want to be launched", show_default="the preset's")]
 _StageOption = Annotated[int, typer.Option("--zero-stage", help="of deepspeed: what is cut over the processes, 0 nothing to 3 everything", min=0, max=3, show_default="the preset's")]
@@ -1214,18 +1298,40 @@ def _generate_verb(
 # %% ../nbs/12_pipeline.ipynb #678fdc23
 @_verb("chat")
 def _chat_verb(run:_RunOption=None, preset:_PresetOption=None, temperature:_Temperature=SAMPLING["temperature"], top_k:_TopK=None, top_p:_TopP=SAMPLING["top_p"])->None:
-    r"Type how a text begins, the model continues it; an empty line ends."
-    model,tok = _open_model(run, preset)
-    print(r"Begin a text, such as # Lemon Cake\n\n (\n is a new line). Ctrl-C stops a text, an empty line ends.", file=sys.stderr)
-    seed = 0
-    while True:
-        try: prompt = input("> ")
-        except EOFError: return
-        if not prompt: return
-        try: _write(model, tok, prompt.replace(r"\n", "\n"), seed=seed, temperature=temperature, top_k=top_k, top_p=top_p)
+    "Talk to the assistant of a run (`finetune --task chat`), or let its model continue what you begin; an empty line ends."
+    how = dict(temperature=temperature, top_k=top_k, top_p=top_p)
+    if (tuned := _home(run, preset)/"tuned"/"chat").exists(): _talk(open_assistant(tuned), **how)
+    else: _continue(*_open_model(run, preset), **how)
+
+def _talk(assistant:Assistant, **how)->None:
+    "A dialogue; what was said before is known, as far as the context goes."
+    print("Ask for a recipe, or what something is. Ctrl-C stops an answer, an empty line ends.", file=sys.stderr)
+    messages = []
+    for line in _lines_typed():
+        messages,said = [*messages, dict(role="user", content=line)],""
+        try:
+            for piece in reply(*assistant[:2], messages, template=assistant.template, seed=len(messages), **how):
+                said += piece
+                print(piece, end="", flush=True)
         except UserError as e: print(e, file=sys.stderr)
         except KeyboardInterrupt: pass
-        seed += 1
+        print()
+        messages = [*messages, dict(role="assistant", content=said)] if said.strip() else messages[:-1]
+
+def _continue(model:Decoder, tok:Tokenizer|HubTokenizer, **how)->None:
+    print(r"Begin a text, such as # Lemon Cake\n\n (\n is a new line). Ctrl-C stops a text, an empty line ends.", file=sys.stderr)
+    for seed,line in enumerate(_lines_typed()):
+        try: _write(model, tok, line.replace(r"\n", "\n"), seed=seed, **how)
+        except UserError as e: print(e, file=sys.stderr)
+        except KeyboardInterrupt: pass
+
+def _lines_typed()->Iterator[str]: # until an empty one, or the end
+    while True:
+        try: line = input("> ")
+        except EOFError: return
+        if not line: return
+        yield line
+
 
 # %% ../nbs/12_pipeline.ipynb #1c596d92
 def _print_rows(rows:Iterable[tuple[str, str]])->None:

@@ -62,26 +62,20 @@ MAY_IMPORT = {
     "metrics": {"core", "architecture", "epochs", "evaluation"},  # epochs: what a model recites
     "preference": {"core", "evaluation"},
     "harness": {"evaluation", "generation"},
-    "assistant": {"core", "data", "evaluation", "finetuning", "generation", "interchange", "packing", "pretraining", "tokenization"},  # a chapter that joins many: text, ids, model and training meet in a dialogue
     "bridge": {"core", "data", "duplicates", "evaluation", "harness"},  # questions of others, and whether the training text has seen them
     "report": {"core", "architecture", "objectives", "evaluation", "comparison", "perplexity", "metrics", "harness"},  # objectives: whose promises are checked
-    "pipeline": {"core", "objectives", "architecture", "backward", "generation", "interchange", "llamacpp", "data", "sources", "cleaning", "privacy", "curation", "duplicates", "tokenization", "fastbpe", "infrastructure", "planning", "checkpointing", "engines", "launching", "monitoring", "pretraining", "rates", "stability", "watching", "evaluation", "comparison", "perplexity", "metrics", "harness", "bridge", "report"},
     "finetuning": {"core", "checkpointing", "curriculum", "epochs", "evaluation", "packing", "pretraining"},
     "lora": {"core", "interchange"},  # what each family calls its matrices
     "qlora": {"core", "lora"},
-    "lora": {"core", "interchange"},  # what each family calls its matrices
-    "qlora": {"core", "lora"},
-    "finetuning": {"core", "checkpointing", "curriculum", "epochs", "evaluation", "packing", "pretraining"},
-    "prompting": {"core", "architecture", "lora"},
+    "prompting": {"core", "architecture", "lora"},  # lora: the hash of a base
     "footprint": {"core", "architecture", "planning", "lora", "qlora", "prompting"},
     "clauses": {"core", "comparison", "data", "duplicates", "evaluation"},
-    "finetuning": {"core", "checkpointing", "curriculum", "epochs", "evaluation", "packing", "pretraining"},
-    "clauses": {"core", "comparison", "data", "duplicates", "evaluation"},
     "classification": {"core", "architecture", "curriculum", "finetuning", "generation", "tasks"},
-    "prompting": {"core", "architecture"},
+    "assistant": {"core", "data", "evaluation", "finetuning", "generation", "interchange", "packing", "pretraining", "tokenization"},  # a chapter that joins many: text, ids, model and training meet
     "alignment": {"core", "data", "engines", "evaluation", "finetuning", "preference", "pretraining"},
     "reinforcement": {"core", "engines", "evaluation", "finetuning", "generation", "pretraining"},
-    "pipeline": {"core", "objectives", "architecture", "backward", "generation", "interchange", "llamacpp", "data", "sources", "cleaning", "privacy", "curation", "duplicates", "tokenization", "fastbpe", "infrastructure", "planning", "checkpointing", "engines", "launching", "monitoring", "pretraining", "rates", "stability", "watching", "evaluation"},
+    "methods": {"core", "architecture", "classification", "clauses", "evaluation", "finetuning", "footprint", "lora", "pretraining", "prompting", "qlora", "report"},  # side by side is its point
+    "pipeline": {"core", "objectives", "architecture", "backward", "generation", "interchange", "llamacpp", "data", "sources", "cleaning", "privacy", "curation", "duplicates", "tokenization", "fastbpe", "infrastructure", "planning", "checkpointing", "engines", "launching", "monitoring", "pretraining", "rates", "stability", "watching", "evaluation", "comparison", "perplexity", "metrics", "harness", "bridge", "report"},
 }
 HEAVY = {"datasets", "tokenizers", "matplotlib", "rich", "typer", "ipywidgets", "transformers", "evaluate", "IPython", "pandas", "nbdev", "numba", "gguf", "xllamacpp",
          "resiliparse", "trafilatura", "fastwarc", "ftfy", "py3langid", "lingua", "charset_normalizer", "datatrove", "datasketch", "sklearn", "pyarrow", "tiktoken",
