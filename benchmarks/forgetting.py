@@ -1,6 +1,6 @@
 """What does a model forget when it learns something new, and what helps? A small decoder of encyclopaedia text is tuned to write the first step of a recipe.
 
-    python benchmarks/forgetting.py                 five seeds, about fifteen minutes of one core
+    python benchmarks/forgetting.py                 three seeds, about ten minutes of one core
     python benchmarks/forgetting.py --tiny          the same in seconds, for a test: two seeds, a few updates
     python benchmarks/forgetting.py --out FILE      elsewhere than nbs/forgetting.json; rows that are there are not run again
 
@@ -94,7 +94,7 @@ def table(record:dict)->str:
 
 def main(argv:list[str]|None=None)->None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seeds", type=int, default=5, help="how many")
+    parser.add_argument("--seeds", type=int, default=3, help="how many")
     parser.add_argument("--tiny", action="store_true", help="two seeds and a few updates")
     parser.add_argument("--out", type=Path, default=ROOT/"nbs"/"forgetting.json", metavar="FILE", help="the record")
     args = parser.parse_args(argv)

@@ -243,7 +243,7 @@ class Look:
 def tune(
     state:TrainState, # changed in place; after the last look it is as it was at the best one
     batches:Batchlike, # such as `TuningBatches`
-    held_out:Sequence[Sample], # that is not among them
+    held_out:Sequence[Sample], # that is not among them; each process scores all of it
     lr_at:Callable[[int], float], # step to factor of the full rate
     n_steps:int, # updates at most
     *,
