@@ -94,7 +94,7 @@ def trial(engine:Engine, n_steps:int=6, path:Path|None=None)->tuple[TrainState, 
     batches = Batches(np.arange(4000)**2%251, 32, 8//engine.world, rank=engine.rank, world=engine.world)
     return state, list(train(state, batches, lambda step: 1., n_steps, n_micro=2))
 
-MAKE = dict(ddp=DDPEngine, fsdp=FSDPEngine, zero2=lambda: DeepSpeedEngine(zero_stage=2, n_micro=2), zero3=lambda: DeepSpeedEngine(zero_stage=3, n_micro=2))
+MAKE = dict(ddp=DDPEngine, fsdp=FSDPEngine, zero2=lambda: DeepSpeedEngine(zero_stage=2, n_micro=2), zero3=lambda: DeepSpeedEngine(zero_stage=3, n_micro=2, extra=dict(zero_optimization=dict(stage=3, stage3_param_persistence_threshold=0)))) # else small weights are never cut
 
 def rank_main(out:str)->None:
     "What each of two processes does; the main one writes how far every engine is from one plain process."
