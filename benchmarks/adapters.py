@@ -1,6 +1,6 @@
-"""Which matrices, and which rank? LoRA against full tuning on the same bases, with three rates each; LoRA over bases of few bits; and LoRA on two processes against one.
+"""Which matrices, and which rank? LoRA against full tuning on the same bases, with four rates each; LoRA over bases of few bits; and LoRA on two processes against one.
 
-    python benchmarks/adapters.py                three seeds, about ten minutes on one core; goes on where it was stopped
+    python benchmarks/adapters.py                three seeds, about eight minutes of one core; goes on where it was stopped
     python benchmarks/adapters.py --tiny         the same in seconds, for a test
     python benchmarks/adapters.py --out FILE     elsewhere than nbs/adapters.json
 
@@ -40,7 +40,7 @@ CFG = ModelConfig(256, context_len=64, n_layers=2, n_heads=4, n_kv_heads=2, d_mo
 ATTENTION, MLP = ("q_proj", "k_proj", "v_proj", "o_proj"), ("gate_proj", "up_proj", "down_proj")
 TARGETS = {"query and value": ("q_proj", "v_proj"), "attention": ATTENTION, "feed-forward": MLP, "all": ATTENTION+MLP}
 WAYS = [("full", 0), *product(TARGETS, (1, 4, 16)), ("all", 2), ("all", 8), ("all", 64)]
-RATES = dict(full=(.001, .003, .01), lora=(.003, .01, .03))
+RATES = dict(full=(.001, .003, .01, .03), lora=(.003, .01, .03, .1), rounded=(.01, .03))
 RULERS = {"nf4": None, "int4": torch.linspace(-1, 1, 15), "int3": torch.linspace(-1, 1, 7), "int2": torch.linspace(-1, 1, 3)} # even marks with a zero
 SEEDS, N_BASE, N_TUNE, N_WINDOWS = (0, 1, 2), 400, 120, 256
 
@@ -94,7 +94,7 @@ def trial(engine:Engine, n_steps:int=6, path:Path|None=None)->tuple[TrainState, 
     batches = Batches(np.arange(4000)**2%251, 32, 8//engine.world, rank=engine.rank, world=engine.world)
     return state, list(train(state, batches, lambda step: 1., n_steps, n_micro=2))
 
-MAKE = dict(ddp=DDPEngine, fsdp=FSDPEngine, zero2=lambda: DeepSpeedEngine(zero_stage=2, n_micro=2), zero3=lambda: DeepSpeedEngine(zero_stage=3, n_micro=2))
+MAKE = dict(ddp=DDPEngine, fsdp=FSDPEngine, zero2=lambda: DeepSpeedEngine(zero_stage=2, n_micro=2), zero3=lambda: DeepSpeedEngine(zero_stage=3, n_micro=2, extra=dict(zero_optimization=dict(stage=3, stage3_param_persistence_threshold=0)))) # else small weights are never cut
 
 def rank_main(out:str)->None:
     "What each of two processes does; the main one writes how far every engine is from one plain process."
@@ -152,7 +152,7 @@ def main(argv:list[str]|None=None)->None:
         if any((r["seed"], r["ruler"]) == (seed, ruler) for r in record["rounded"]): continue
         if seed not in bases: learn(bases.setdefault(seed, init_weights(Decoder(CFG), seed)), make_optimizers(bases[seed]), texts["recipes"], seed, n_base)
         model = rounded(bases[seed], ruler)
-        record["rounded"].append(dict(ruler=ruler, seed=seed) | scores(model, texts) | dict(tuned=[tuned(model, "all", 8, lr, seed, texts, n_tune) for lr in RATES["lora"]]))
+        record["rounded"].append(dict(ruler=ruler, seed=seed) | scores(model, texts) | dict(tuned=[tuned(model, "all", 8, lr, seed, texts, n_tune) for lr in RATES["rounded"]]))
         write_json(args.out, record)
         print(ruler, seed, record["rounded"][-1]["Hamlet"], [r["Hamlet"] for r in record["rounded"][-1]["tuned"]], flush=True)
     if not args.tiny and not record["engines"]: record["engines"] = engines()

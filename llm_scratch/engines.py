@@ -465,10 +465,9 @@ def _set_weight(p:nn.Parameter, x:torch.Tensor, rank:int)->None:
     from deepspeed.utils import safe_set_full_fp32_param, safe_set_local_fp32_param
     if not hasattr(p, "ds_tensor"):
         p.data.copy_(x)
-        if p.requires_grad: safe_set_full_fp32_param(p, x)
-        return
+        return safe_set_full_fp32_param(p, x)
     with zero.GatheredParameters([p], modifier_rank=0): p.data.copy_(x)
-    if p.requires_grad: safe_set_local_fp32_param(p, _own_piece(x, p, rank))
+    safe_set_local_fp32_param(p, _own_piece(x, p, rank))
 
 def _set_memory(p:nn.Parameter, key:str, x:torch.Tensor, rank:int)->None:
     "Put what an optimizer remembers of a whole parameter into ZeRO's pieces."

@@ -405,7 +405,7 @@ def test_the_benchmark_goes_on_where_it_was_stopped(bench, tmp_path, monkeypatch
     row = torch.arange(30_000).numpy().astype("uint8")
     monkeypatch.setattr(bench, "read_texts", lambda: dict.fromkeys(("recipes", "plays", "kitchen", "Macbeth", "Hamlet"), row))
     monkeypatch.setattr(bench, "N_WINDOWS", 4)
-    monkeypatch.setattr(bench, "RATES", dict(full=(.001,), lora=(.003, .01)))
+    monkeypatch.setattr(bench, "RATES", dict(full=(.001,), lora=(.003, .01), rounded=(.01,)))
     bench.main(["--tiny", "--out", str(tmp_path/"a.json")])
     record = json.loads((tmp_path/"a.json").read_text())
     assert len(record["runs"]) == 2*(1+2) and len(record["rounded"]) == 4 and len(record["bases"]) == 2
