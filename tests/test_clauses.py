@@ -344,9 +344,9 @@ def test_texts_are_embedded_one_like_many(encoder, monkeypatch):
 
 
 @pytest.mark.parametrize(("part", "call"), [("metrics", lambda: confusion(["a"], ["a"], ["a"])), ("model_selection", lambda: group_folds(world())),
-                                            ("svm", lambda: tfidf_svm(world(), ["tea"])), ("linear_model", lambda: tfidf_logistic(world(), ["tea"]))])
-def test_without_scikit_learn_the_extra_is_named(part, call, monkeypatch):
-    monkeypatch.setitem(sys.modules, f"sklearn.{part}", None)
+                                            ("svm", lambda: tfidf_svm(world(), ["tea"])), ("linear_model", lambda: tfidf_logistic(world(), ["tea"])), ("transformers", load_minilm)])
+def test_without_the_package_the_extra_is_named(part, call, monkeypatch):
+    monkeypatch.setitem(sys.modules, f"sklearn.{part}" if part != "transformers" else part, None)
     with pytest.raises(UserError, match="finetuning"): call()
 
 
