@@ -181,6 +181,8 @@ def test_rules_by_name_and_answers_of_another_form():
     assert len({p.rejected for seed in range(20) for p in corrupt(three[:1], ["shuffled"], seed)}) > 10
     assert len({p.rejected for seed in range(30) for p in corrupt(three[:1], ["truncated"], seed)}) == 4
     assert {p.kind for p in corrupt(three)} == set(CORRUPTIONS)
+    assert as_answer(["a", "b"]) == "1. a\n2. b\n" and as_answer([]) == ""
+    for seed in range(10): assert [p.rejected for p in corrupt(three, ["stranger"], seed)] == [three[2][1], three[0][1]] # never its own steps
     with pytest.raises(UserError, match="there is no rule rude: give some of shuffled"): corrupt(three, ["truncated", "rude"])
 
 
@@ -220,6 +222,12 @@ def test_the_rate_and_the_clip_reach_the_optimizer():
     assert far == pytest.approx(.1*min(1, step.grad_norm), rel=1e-3)
     assert moved(factor=.5)[1] == pytest.approx(far/2, rel=1e-3) and moved(max_norm=1e-3)[1] == pytest.approx(1e-4, rel=1e-3)
     assert step.lr == 1 and moved(factor=.5)[0].lr == .5
+    model, batches = ready()
+    asked, state = [], TrainState(model, make_adamw(model))
+    def lr_at(k): asked.append(k); return 0.
+    steps = list(tune_dpo(state, PreferenceBatches(batches.pairs, batches.ref_N2, 7), lr_at, 3, max_norm=.5)) # all seven pairs each time, in some order
+    assert asked == [0, 1, 2] and [s.lr for s in steps] == [0, 0, 0]
+    assert steps[2].grad_norm == pytest.approx(steps[0].grad_norm, rel=1e-4) # nothing is left of the gradient before
 
 
 def test_what_cannot_be_tuned_is_refused():
