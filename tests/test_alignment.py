@@ -1,7 +1,9 @@
 "Preferences: the loss and whole trainings as trl has them, pairs that are refused, rules that spoil, votes that count, and two processes that make the step of one."
 import copy
+import json
 import math
 import random
+import subprocess
 import sys
 from functools import partial
 from pathlib import Path
@@ -22,6 +24,7 @@ from llm_scratch.finetuning import completion
 from llm_scratch.preference import Pair, bradley_terry, make_pairs, Vote
 from llm_scratch.pretraining import NotFinite, TrainState, make_adamw
 
+SCRIPT = Path(__file__).resolve().parent.parent/"benchmarks"/"dpo.py"
 some = partial(settings, max_examples=40, deadline=None, database=None)
 CFG = ModelConfig(20, context_len=32, n_layers=1, n_heads=2, n_kv_heads=1, d_model=16, d_ff=32, d_head=8)
 PREFS = [Preference(f"p{i}", f"yes {i}", f"no {i}") for i in range(7)]
@@ -178,6 +181,8 @@ def test_rules_by_name_and_answers_of_another_form():
     assert len({p.rejected for seed in range(20) for p in corrupt(three[:1], ["shuffled"], seed)}) > 10
     assert len({p.rejected for seed in range(30) for p in corrupt(three[:1], ["truncated"], seed)}) == 4
     assert {p.kind for p in corrupt(three)} == set(CORRUPTIONS)
+    assert as_answer(["a", "b"]) == "1. a\n2. b\n" and as_answer([]) == ""
+    for seed in range(10): assert [p.rejected for p in corrupt(three, ["stranger"], seed)] == [three[2][1], three[0][1]] # never its own steps
     with pytest.raises(UserError, match="there is no rule rude: give some of shuffled"): corrupt(three, ["truncated", "rude"])
 
 
@@ -217,6 +222,12 @@ def test_the_rate_and_the_clip_reach_the_optimizer():
     assert far == pytest.approx(.1*min(1, step.grad_norm), rel=1e-3)
     assert moved(factor=.5)[1] == pytest.approx(far/2, rel=1e-3) and moved(max_norm=1e-3)[1] == pytest.approx(1e-4, rel=1e-3)
     assert step.lr == 1 and moved(factor=.5)[0].lr == .5
+    model, batches = ready()
+    asked, state = [], TrainState(model, make_adamw(model))
+    def lr_at(k): asked.append(k); return 0.
+    steps = list(tune_dpo(state, PreferenceBatches(batches.pairs, batches.ref_N2, 7), lr_at, 3, max_norm=.5)) # all seven pairs each time, in some order
+    assert asked == [0, 1, 2] and [s.lr for s in steps] == [0, 0, 0]
+    assert steps[2].grad_norm == pytest.approx(steps[0].grad_norm, rel=1e-4) # nothing is left of the gradient before
 
 
 def test_what_cannot_be_tuned_is_refused():
@@ -287,3 +298,14 @@ def test_what_a_model_likes_is_a_bradley_terry_strength(votes, beta):
     opt.step(closure)
     likes = beta*(scores.detach().log_softmax(0)-ref)
     assert_close((likes-likes.mean()).float(), torch.tensor(bradley_terry([Vote("abc"[i], "abc"[j], 1.) for i, j in votes]).strengths).float(), atol=2e-3, rtol=0)
+
+
+def test_the_record_can_be_made_again(tmp_path):
+    done = subprocess.run([sys.executable, SCRIPT, "--tiny", "--out", tmp_path/"r.json"], capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0, done.stderr
+    record = json.loads((tmp_path/"r.json").read_text())
+    about, (first, after) = record["about"], record["rows"]
+    assert set(about["held_pairs"]) >= {"refuse", "answer", "repeated"} and first["seed"] is None and after["seed"] == 0
+    assert set(after["right"]) == set(about["held_pairs"]) and all(0 <= after["right"][k] <= n for k, n in about["held_pairs"].items())
+    assert set(first["refused"]) == set(about["held_areas"]) and after["loss"][0] == pytest.approx(math.log(2), abs=1e-5)
+    assert "?" not in json.dumps(record) # no question is kept

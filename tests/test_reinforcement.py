@@ -17,6 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.testing import assert_close
 
+from llm_scratch import reinforcement
 from llm_scratch.architecture import Decoder, ModelConfig, init_weights
 from llm_scratch.core import UserError
 from llm_scratch.generation import generate
@@ -163,6 +164,16 @@ def test_better_answers_become_likelier():
     assert learnt([[1., 0, 0, 0], [0., 0, 0, 1]], n_updates=1)[1][2] == 0
 
 
+def test_the_share_that_is_clipped_is_that_of_the_last_update():
+    rewards, how = [[1., 0, 0, .5], [0., 0, 2, 1]], dict(beta=0., eps=.05)
+    share, (_, _, tried, model, base) = learnt(rewards, n_updates=3, **how)[1][2], learnt(rewards, n_updates=2, **how)
+    ratio = (token_logps(model, *tried[1:])[0]-token_logps(base, *tried[1:])[0]).exp()
+    a, counts = group_advantages(torch.tensor(rewards)).flatten(), tried.targets_BT != -1
+    ended = [(r > 1.05) if x > 0 else (r < .95) for row, x, yes in zip(ratio, a.tolist(), counts) for r in row[yes].tolist() if x]
+    ups, downs = ([e for e, x in zip(ended, [x for x, yes in zip(a.tolist(), counts) for _ in range(int(yes.sum())) if x]) if (x > 0) == up] for up in (True, False))
+    assert share == pytest.approx(sum(ended)/int(counts.sum())) and 0 < sum(ups) < len(ups) and 0 < sum(downs) < len(downs)
+
+
 def test_equal_rewards_move_nothing_and_a_leash_pulls_back():
     _, _, _, model, base = learnt([[1.]*4, [0.]*4], n_updates=3)
     assert max((a-b).abs().max() for a, b in zip(model.parameters(), base.parameters())) == 0
@@ -177,8 +188,9 @@ def test_equal_rewards_move_nothing_and_a_leash_pulls_back():
     assert far(5.) < far(0.)/2
 
 
-def test_rewards_reach_their_own_answer_and_advantages_can_be_others():
-    seen = []
+def test_rewards_reach_their_own_answer_and_advantages_can_be_others(monkeypatch):
+    seen, asked = [], []
+    monkeypatch.setattr(reinforcement, "sample_groups", lambda model, prompts, *more: (asked.extend(prompts), sample_groups(model, prompts, *more))[1])
     def reward(i, answer):
         seen.append((i, list(answer)))
         return float(len(seen))
@@ -192,6 +204,7 @@ def test_rewards_reach_their_own_answer_and_advantages_can_be_others():
     for a, b in zip(before, model.parameters()): assert torch.equal(a, b)
     assert torch.equal(torch.cat(given).flatten(), torch.arange(1., 25.)) and [r.reward for r in rounds] == [6.5, 18.5]
     numbers = [i for i, _ in seen]
+    assert [PROMPTS[i] for i in numbers[::4]] == asked
     assert all(len(set(numbers[k:k+4])) == 1 for k in range(0, 24, 4)) and len(set(numbers[:12])) == 3 # no prompt twice in a round
     assert rounds[0].length == pytest.approx(np.mean([len(a) for _, a in seen[:12]]))
     assert [r.n for r in rounds] == [1, 2] and rounds[0].equal == 0 and state.step == 2
@@ -249,6 +262,7 @@ def test_pass_at_k_refuses_what_it_cannot_know():
 def test_checkers_of_sums():
     assert Sums.decode(Sums.prompt(3, 5)) == "3+5=" and Sums.decode(Sums.right(9, 9)) == "18;"
     exact, anywhere = (lambda text, f=f: f(3, 5, Sums.encode(text)) for f in (Sums.exact, Sums.anywhere))
+    assert [Sums.exact(9, 9, Sums.encode(t)) for t in ("18;", "18", "18,", "1;")] == [1, 0, 0, 0]
     assert [exact(t) for t in ("8;", "8", "8,8;", "7;", ";", "")] == [1, 0, 0, 0, 0, 0]
     assert [anywhere(t) for t in ("8;", "8", "7,8;", "18;", "81", "7;", "")] == [1, 1, 1, 0, 0, 0, 0]
 
