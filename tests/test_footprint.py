@@ -28,9 +28,10 @@ def held(model, cfg):
     return sum({x.untyped_storage()._cdata: x.nbytes for x in (*model.parameters(), *model.buffers())}.values()) - 2*4*cfg.context_len*cfg.d_head
 
 
-@settings(max_examples=12, deadline=None)
-@given(cfg=shapes, B=st.integers(1, 3), T=st.integers(2, 12), rank=st.integers(1, 6), P=st.integers(1, 9), method=st.sampled_from(METHODS))
-def test_counts_are_exact_for_any_shape(cfg, B, T, rank, P, method):
+@pytest.mark.parametrize("method", METHODS)
+@settings(max_examples=5, deadline=None)
+@given(cfg=shapes, B=st.integers(1, 3), T=st.integers(2, 12), rank=st.integers(1, 6), P=st.integers(1, 9))
+def test_counts_are_exact_for_any_shape(method, cfg, B, T, rank, P):
     t = Tuning(method, rank=rank, positions=P)
     model = tuned(Decoder(cfg), t)
     assert n_trained(model) == n_learnt(cfg, t)
@@ -46,6 +47,13 @@ def test_the_highest_tide_is_what_the_allocator_saw(method, again):
     two_steps(made(CFG, t), 1, 4)
     gc.collect()
     assert tuning_peak(cfg, t, 2, 128).total == pytest.approx(peak_bytes(lambda: two_steps(made(cfg, t), 2, 128)), rel=.04)
+
+
+def test_the_highest_tide_can_be_a_block_that_is_computed_again():
+    cfg, t = ModelConfig(64, 320, n_layers=4, n_heads=4, n_kv_heads=2, d_model=128, d_ff=352, d_head=32), Tuning("lora", checkpoint=True)
+    gc.collect()
+    assert tuning_peak(cfg, t, 2, 256).moment == "last block"
+    assert tuning_peak(cfg, t, 2, 256).total == pytest.approx(peak_bytes(lambda: two_steps(made(cfg, t), 2, 256)), rel=.08)
 
 
 def test_the_update_can_be_the_highest_moment():
