@@ -188,12 +188,12 @@ def _alone(work:Callable[[], int])->int: # what `work` gives
     out,into = os.pipe()
     if not (child := os.fork()):
         try: os.write(into, str(work()).encode())
-        except Exception as e: print(f"{type(e).__name__}: {e}", file=sys.stderr, flush=True)
+        except Exception as e: os.write(into, f"!{e}".encode()) # told to the parent
         finally: os._exit(0)
     os.close(into)
     with os.fdopen(out) as f: text = f.read()
     os.waitpid(child, 0)
-    if not text: raise UserError("a process that was measured has ended without a number: is there memory for this size?")
+    if not text.isdigit(): raise UserError(text[1:] or "the process was killed: is there memory for this size?")
     return int(text)
 
 def _grown(cfg:ModelConfig, tuning:Tuning, batch_size:int, seq_len:int)->int: # bytes
@@ -209,7 +209,7 @@ def resident_peaks(
     told = json.dumps([(asdict(cfg), asdict(tuning), B, T) for cfg,tuning,B,T in jobs])
     done = subprocess.run([sys.executable, "-c", "from llm_scratch.footprint import _main; _main()"], input=told, capture_output=True, text=True, encoding="utf-8",
                           env=os.environ | {"MALLOC_MMAP_THRESHOLD_":"65536"}) # what is freed goes back to the system at once: else glibc keeps it for later, and the peak is luck
-    if done.returncode: raise UserError(f"the measurement failed: {done.stderr.strip()[-1000:]}")
+    if done.returncode: raise UserError(f"the measurement failed: {(done.stderr.strip() or 'it was killed').splitlines()[-1].partition('UserError: ')[2] or done.stderr[-1000:]}")
     return json.loads(done.stdout)
 
 _NOTHING = ModelConfig(vocab_size=64, context_len=64, n_layers=1, n_heads=1, n_kv_heads=1, d_model=16, d_ff=16, d_head=16)

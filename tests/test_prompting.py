@@ -89,9 +89,12 @@ def test_each_row_stands_behind_its_own(base):
     assert not torch.allclose(mixed[0], b(ids[:1])[0], atol=1e-3)
 
 
-def test_only_the_prompt_learns_and_the_base_stays(base):
-    before = {name: p.clone() for name, p in base.state_dict().items()}
-    for model, n in ((Prompted(base, torch.randn(3, 20)), 60), (as_prefix(Prompted(base, torch.randn(3, 20))), 2*3*2*6*3)):
+def test_only_the_prompt_learns_and_the_base_stays():
+    for prefixed, n in ((False, 60), (True, 2*3*2*6*3)):
+        base = make()
+        with torch.no_grad(): k, v = read_vectors(base, torch.randn(1, 3, 20))
+        before = {name: p.clone() for name, p in base.state_dict().items()}
+        model = Prefixed(base, k, v) if prefixed else Prompted(base, torch.randn(3, 20))
         learnt = [p for p in model.parameters() if p.requires_grad]
         assert sum(p.numel() for p in learnt) == n
         opt = torch.optim.AdamW(model.parameters(), lr=.1)
