@@ -753,3 +753,74 @@ def test_questions_of_others_stand_beside_baselines_and_leaks(finished, tmp_path
     leaked = rows["questions that the training text has seen, PIQA"]
     assert leaked["n"] == 10 and leaked["mean"] == .1
     assert seen.report.read_text().count("<svg") == 4
+
+
+# --- tuned for a task ------------------------------------------------------------------------------------------------------
+
+@pytest.fixture(scope="module")
+def tunable(tmp_path_factory):
+    "A tiny run whose context holds a clause and its label."
+    run = pipeline.start_run(tmp_path_factory.mktemp("tune")/"run", replace(cpu().tiny(), context_len=192, n_steps=3, save_every=3))
+    for verb in ("data", "tokenize", "pretrain"): assert call(verb, "--run", run.folder)[0] == 0
+    return run
+
+
+@pytest.fixture
+def few_clauses(monkeypatch):
+    from llm_scratch.clauses import CORE_14, Clause, is_test
+    families = [f"family{i}" for i in range(40)]
+    made = [Clause(f"Clause on {label} number {i}.", label, label, f, f"{f}/{label}") for i, f in enumerate(families) for label in CORE_14]
+    seen, held = ([c for c in made if is_test(c.family) == side] for side in (False, True))
+    monkeypatch.setattr(pipeline, "frozen_split", lambda: (seen[:56], held[:28]))
+
+
+def test_every_method_names_clauses_in_one_table(tunable, few_clauses, tmp_path):
+    folder = Path(shutil.copytree(tunable.folder, tmp_path/"run"))
+    status, out, err = call("finetune", "--run", folder, "--method", "all", "--epochs", .3, "--rank", 2)
+    assert status == 0 and all(name in out for name in ("full", "lora", "qlora", "prompt", "tfidf_svm", "not tuned")), err
+    assert {p.name for p in (folder/"tuned").iterdir()} == {"clauses.md", "clauses.jsonl", *(f"clauses-{m}" for m in ("full", "lora", "qlora", "prompt"))}
+    rows = [json.loads(line) for line in (folder/"tuned"/"clauses.jsonl").read_text().splitlines()]
+    assert all(r["step"] == "finetune" and r["stderr"] >= 0 for r in rows) and rows[0]["name"] == "clauses named rightly"
+    assert (folder/"tuned"/"clauses.md").read_text(encoding="utf-8").count("±") == 3*4 + 2*4
+
+
+@pytest.mark.parametrize("at_least, status", [(0., 0), (1., 1)])
+def test_tuning_is_held_to_the_gate_of_the_brief(tunable, few_clauses, tmp_path, at_least, status):
+    from llm_scratch.objectives import RECIPES_BRIEF, Gate, save_brief
+    folder = Path(shutil.copytree(tunable.folder, tmp_path/"run"))
+    save_brief(replace(RECIPES_BRIEF, gates=(Gate("clauses named rightly", at_least=at_least, step="finetune"), Gate("bits per byte, tiny", at_most=.1))), folder/"brief.json")
+    got, out, err = call("finetune", "--run", folder, "--epochs", .3)
+    assert got == status and ("1 of 1 gates" in err) == bool(status), err
+
+
+def test_an_assistant_is_made_and_answers(tunable, tmp_path, monkeypatch):
+    from llm_scratch.assistant import Assistant, ask, open_assistant
+    folder = Path(shutil.copytree(tunable.folder, tmp_path/"run"))
+    kinds = "steps", "ingredients", "ingredients, given", "fact", "fact, given", "description", "topic", "small talk"
+    made = [ask(f"What of {kind} {i}?", "1. Stir.", kind, "" if kind == "small talk" else f"{kind} {i}") for kind in kinds for i in range(80)]
+    monkeypatch.setattr(pipeline, "book_dialogues", lambda: made)
+    monkeypatch.setattr(pipeline, "given_dialogues", lambda *docs: [])
+    monkeypatch.setattr(pipeline, "read_source", lambda name: [])
+    status, out, err = call("finetune", "--run", folder, "--task", "chat", "--steps", 2)
+    assert status == 0 and "form of answers, steps, before" in out and "form of answers, steps, after" in out, err
+    assert isinstance(open_assistant(folder/"tuned"/"chat"), Assistant)
+    status, out, err = call("chat", "--run", folder, typed="What of steps 1?\nAnd then?\n\nnever asked\n")
+    assert status == 0 and out.count("> ") == 3 and "Ask for a recipe" in err, err
+    again = call("chat", "--run", folder, typed="What of steps 1?\nAnd then?\n\n")[1]
+    assert again == out  # the same questions, the same answers
+
+
+@pytest.mark.parametrize("args, said", [(("--task", "poems"), "there is no task poems: give clauses or chat"), (("--method", "magic"), "there is no method magic: give some of full, lora"), (("--task", "chat", "--method", "lora"), "leave out --method lora")])
+def test_what_cannot_be_tuned_is_one_line(tunable, few_clauses, args, said):
+    status, _, err = call("finetune", "--run", tunable.folder, *args)
+    assert status == 2 and said in err and len(err.strip().splitlines()) == 1 and not tunable.tuned.exists()
+
+
+def test_families_that_judge_are_in_no_runs_text(tmp_path, monkeypatch):
+    from llm_scratch.clauses import family_of, is_test
+    from llm_scratch.data import Document, to_dataset
+    names = [f"licence{i}-1.0" for i in range(40)]
+    monkeypatch.setattr(pipeline, "load_corpus", lambda sources: to_dataset(Document(f"Text of {n} and {i}.", s, f"{s}/{n}", {}) for s in ("licences", "recipes") for i, n in enumerate(names)))
+    run = pipeline.start_run(tmp_path/"run", replace(cpu().tiny(), sources=("licences", "recipes")))
+    kept = [(s, i) for split in pipeline.prepare_documents(run).values() for s, i in zip(split["source"], split["id"])]
+    assert {i for s, i in kept if s == "licences"} == {f"licences/{n}" for n in names if not is_test(family_of(n))} and sum(s == "recipes" for s, _ in kept) == 40
