@@ -416,16 +416,22 @@ def _flat(model:"deepspeed.DeepSpeedEngine")->tuple[torch.optim.Optimizer, list[
     zero = model.optimizer
     return zero.optimizer,zero.fp32_partitioned_groups_flat if hasattr(zero, "fp32_partitioned_groups_flat") else zero.single_partition_of_fp32_groups
 
+def _whole_weight(p:nn.Parameter)->torch.Tensor: # a frozen one has no exact copy within ZeRO
+    from deepspeed import zero
+    from deepspeed.utils import safe_get_full_fp32_param
+    if p.requires_grad: return safe_get_full_fp32_param(p)
+    with zero.GatheredParameters([p]) if hasattr(p, "ds_tensor") else nullcontext(): return p.detach().clone()
+
 @patch
 def full_state(self:DeepSpeedEngine, model:nn.Module, optimizers:Optimizers)->dict[str, torch.Tensor]: # empty in all but the main process
     "As every engine: ZeRO's flat pieces are put together, parameter by parameter."
     if self.zero_stage == 0: return Engine.full_state(self, model, optimizers)
-    from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
+    from deepspeed.utils import safe_get_full_optimizer_state
     adamw,pieces = _flat(model)
     remembers,full = adamw.state.get(pieces[0], {}) if optimizers else {},{f"model.{name}":x for name,x in model.module.state_dict().items()}
     for name,p in model.module.named_parameters():
-        full[f"model.{name}"] = safe_get_full_fp32_param(p)
-        for key,x in remembers.items(): full[f"optimizer.{name}.{key}"] = safe_get_full_optimizer_state(p, key) if x.ndim else x
+        full[f"model.{name}"] = _whole_weight(p)
+        for key,x in remembers.items() if p.requires_grad else (): full[f"optimizer.{name}.{key}"] = safe_get_full_optimizer_state(p, key) if x.ndim else x
         if not self.is_main: full = {}
     return {name:x.detach().clone().cpu().contiguous() for name,x in full.items()} if self.is_main else {}
 
@@ -459,9 +465,10 @@ def _set_weight(p:nn.Parameter, x:torch.Tensor, rank:int)->None:
     from deepspeed.utils import safe_set_full_fp32_param, safe_set_local_fp32_param
     if not hasattr(p, "ds_tensor"):
         p.data.copy_(x)
-        return safe_set_full_fp32_param(p, x)
+        if p.requires_grad: safe_set_full_fp32_param(p, x)
+        return
     with zero.GatheredParameters([p], modifier_rank=0): p.data.copy_(x)
-    safe_set_local_fp32_param(p, _own_piece(x, p, rank))
+    if p.requires_grad: safe_set_local_fp32_param(p, _own_piece(x, p, rank))
 
 def _set_memory(p:nn.Parameter, key:str, x:torch.Tensor, rank:int)->None:
     "Put what an optimizer remembers of a whole parameter into ZeRO's pieces."
