@@ -24,6 +24,7 @@ from llm_scratch.classification import (
     label_choice,
     label_nats,
     label_task,
+    only_labels,
     write_labels,
 )
 from llm_scratch.core import UserError
@@ -79,6 +80,15 @@ def test_only_labels_are_written_and_greedily(texts, said):
             going = sorted({a[len(so_far)] for a in task.answers if list(a[:len(so_far)]) == so_far})
             so_far.append(max(going, key=lambda i: logits[i].item()))
             assert len(so_far) <= max(map(len, task.answers)), f"{so_far} is not how {name} begins"
+
+def test_a_label_that_has_ended_goes_on_with_its_end():
+    task,logits = small_task([[1], [1, 2], [3]]),torch.zeros(3, 50)
+    free = only_labels(task, 2)(logits, torch.tensor([[7, 8, 1, 48], [7, 8, 1, 2], [7, 8, 3, 48]]))
+    assert [x.isfinite().nonzero().flatten().tolist() for x in free] == [[48], [48], [48]]
+    first = only_labels(task, 2)(logits[:1], torch.tensor([[7, 8]]))
+    assert first[0].isfinite().nonzero().flatten().tolist() == [1, 3]
+    second = only_labels(task, 2)(logits[:1], torch.tensor([[7, 8, 1]]))
+    assert second[0].isfinite().nonzero().flatten().tolist() == [2, 48]
 
 def test_prompts_keep_the_question():
     task = small_task([[1], [2, 3, 4]])
