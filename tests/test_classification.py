@@ -145,6 +145,8 @@ def test_masked_batches_depend_on_the_step_alone():
     whole = windows[3][0]
     assert torch.equal(torch.where(t == -1, a, t), whole) and .4 < (t != -1).float().mean() < .6
     assert not torch.equal(MaskedBatches(windows, 47, 40, share=.5, seed=1)[3][0], a)
+    same = [windows[0]]*2 # one text twice: other holes
+    assert not torch.equal(*(MaskedBatches(same, 47, 40)[step][0] for step in (0, 1)))
     assert .2 < (MaskedBatches(windows, 47, 40)[3][1] != -1).float().mean() < .4
 
 def test_class_batches_leave_words_out_but_no_filling():
