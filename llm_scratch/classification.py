@@ -23,6 +23,7 @@ from .curriculum import Batchlike
 from .finetuning import Sample, TuningBatches, completion
 from .generation import PaddedCache, generate, pad_left
 from .tasks import mask_tokens
+from .tokenization import Vocabulary
 
 # %% ../nbs/08f_classification.ipynb #c8f010
 @dataclass(frozen=True)
@@ -56,7 +57,7 @@ class LabelTask:
         return completion(self.prompt(ids), self.answers[self.number(name)])
 
 def label_task(
-    tok, # encodes; has `start_id` and `eot_id`
+    tok:Vocabulary, # encodes; has `start_id` and `eot_id`
     names:Sequence[str], # of the classes
     context_len:int, # ids that the model can read
     *,

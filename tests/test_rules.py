@@ -65,7 +65,7 @@ MAY_IMPORT = {
     "bridge": {"core", "data", "duplicates", "evaluation", "harness"},  # questions of others, and whether the training text has seen them
     "finetuning": {"core", "checkpointing", "curriculum", "epochs", "evaluation", "packing", "pretraining"},
     "clauses": {"core", "comparison", "data", "duplicates", "evaluation"},
-    "classification": {"core", "architecture", "curriculum", "finetuning", "generation", "tasks"},
+    "classification": {"core", "architecture", "curriculum", "finetuning", "generation", "tasks", "tokenization"},
     "prompting": {"core", "architecture"},
     "lora": {"core", "interchange"},  # what each family calls its matrices
     "qlora": {"core", "lora"},
