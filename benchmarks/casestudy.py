@@ -2,6 +2,7 @@
 
     python benchmarks/casestudy.py --prepare FOLDER                       minutes on one CPU core: texts, tokens, folds, what counting words says
     python benchmarks/casestudy.py --data FOLDER --out FILE --minutes 7   on a GPU; the best things come first, and it ends in time
+    python benchmarks/casestudy.py --out FILE --small 400                 on a CPU, afterwards: ways to tune and learning curves for the lesson's models
     python benchmarks/casestudy.py --data FOLDER --out FILE --tiny        on a CPU: it shows that everything runs, and its numbers say nothing
 
 Nothing of a split's test families is seen in any stage before its test: neither their agreements nor, anywhere else, a paragraph or clause that shares a third of its
@@ -138,7 +139,8 @@ def prepare(folder:Path, tiny:bool)->None:
     for s in range(N_SPLITS):
         test = np.unique(np.concatenate([r for r,b in zip(clause_runs, test_bits) if b>>s & 1]))
         for bits,runs in ((para_bits, para_runs), (head_bits, head_runs)): bits[overlaps(runs, test) >= 1/3] &= ~(1<<s)
-    say("usable share of paragraphs and headed clauses by split", [(round(float((para_bits>>s & 1).mean()), 2), round(float((head_bits>>s & 1).mean()), 2)) for s in range(N_SPLITS)])
+    usable = [[round(float((bits>>s & 1).mean()), 2) for bits in (para_bits, head_bits)] for s in range(N_SPLITS)]
+    say("usable share of paragraphs and headed clauses by split", usable)
     general = [d.text for name in BOOK for d in read_source(name)]
     held = [t for i,t in enumerate(general) if i%50 == 7]
     general = [t for i,t in enumerate(general) if i%50 != 7]
@@ -178,7 +180,7 @@ def prepare(folder:Path, tiny:bool)->None:
         say("split", split, rows[-1]["right"]/rows[-1]["n"], rows[-2]["right"]/rows[-2]["n"])
     prepare_minilm(folder, [c.text for c in clauses], [c.text for c in unique])
     prepare_words(folder, texts, data)
-    meta = dict(names=list(CLASSES_18), core=core, headings=top, n_general=sum(map(len, general)), families=sorted({c.family for c in clauses}), rows=rows, eot_id=eot, hole_id=eot+1, fill_id=eot+2, vocab_size=tok.vocab_size,
+    meta = dict(names=list(CLASSES_18), usable=usable, core=core, headings=top, n_general=sum(map(len, general)), families=sorted({c.family for c in clauses}), rows=rows, eot_id=eot, hole_id=eot+1, fill_id=eot+2, vocab_size=tok.vocab_size,
                 labels={name:tok.encode(" " + name.replace("_", " ")) for name in CLASSES_18}, ask=tok.encode("\n\nthis is about:"), before=tok.encode("# "), gap=tok.encode("\n\n"))
     write_json(folder/"meta.json", meta)
     say("done")
@@ -588,18 +590,18 @@ def methods(job:Job)->dict: # name to what makes it of a decoder: the model that
     def full(model): return model,.15,None
     def last(model):
         freeze(model, "embed_tokens", *(f"layers.{i}" for i in range(model.cfg.n_layers-1)))
-        return model,1e-3,quick_adamw
+        return model,5e-3,quick_adamw
     def adapter(model, rank):
         from llm_scratch.lora import add_lora
-        return add_lora(model, rank=rank, alpha=2*rank).to(job.device),3e-3,quick_adamw
+        return add_lora(model, rank=rank, alpha=2*rank).to(job.device),5e-3,quick_adamw
     def in_four_bits(model, rank):
         from llm_scratch.lora import add_lora
         from llm_scratch.qlora import quantize_model
-        return add_lora(quantize_model(model), rank=rank, alpha=2*rank).to(job.device),3e-3,quick_adamw
+        return add_lora(quantize_model(model), rank=rank, alpha=2*rank).to(job.device),5e-3,quick_adamw
     def prompt(model, n, prefix=False):
         from llm_scratch.prompting import Prompted, as_prefix, word_vectors
         prompted = Prompted(model, word_vectors(model, [i for name in job.data["names"] for i in job.data["labels"][name]], n))
-        return (as_prefix(prompted) if prefix else prompted).to(job.device),(1e-2 if prefix else .1),quick_adamw
+        return (as_prefix(prompted) if prefix else prompted).to(job.device),(3e-2 if prefix else .1),quick_adamw
     return {"full":full, "last layer":last, "LoRA, rank 8":partial(adapter, rank=8), "LoRA, rank 32":partial(adapter, rank=32), "QLoRA, rank 8":partial(in_four_bits, rank=8), "prompt, 16 vectors":partial(prompt, n=16), "prefix, 16 positions":partial(prompt, n=16, prefix=True)}
 
 def methods_job(job:Job, args, s:int)->None:
@@ -702,11 +704,100 @@ def collect(args, joint:bool=False, **more)->None:
     fold = ["".join(str(k) for k in range(5) if b>>k & 1) for b in data["test_bits"].tolist()]
     about = dict(label="".join(LETTERS[i] for i in data["label"]), family=clauses["family"].tolist(), fold="".join(fold), frozen="".join(str(b>>FROZEN & 1) for b in data["test_bits"].tolist()))
     name = torch.cuda.get_device_name() if args.device == "cuda" else "a CPU"
-    record = dict(machine=f"{name}, torch {torch.__version__}", tiny=args.tiny, names=meta["names"], core=meta["core"], n_general=meta["n_general"], **more, clauses=about)
+    record = dict(machine=f"{name}, torch {torch.__version__}", tiny=args.tiny, names=meta["names"], core=meta["core"], n_general=meta["n_general"], usable=meta.get("usable"), **more, clauses=about)
     text = json.dumps(record, indent=1)[:-2] + ',\n "rows": [\n' + ",\n".join("  " + json.dumps(row) for row in rows) + "\n ]\n}\n" # a row a line
     json.loads(text)
     new = args.out.with_name(f".{args.out.name}.new")
     new.write_text(text, encoding="utf-8"); os.replace(new, args.out)
+
+# ---------------------------------------------------------------------------------------------------- a small twin, on a CPU
+
+SIX = "definitions","governing_law","license_grant","limitation_of_liability","termination","warranty"
+
+def bytes_of_update(model, optimizers, batch)->int: # held at the end of a forward pass, counted tensor by tensor
+    "Weights, gradients, the optimizer's numbers, and all that autograd keeps."
+    kept = {}
+    def keep(x): kept[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes(); return x
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x): loss = F.cross_entropy(model(batch[0]).flatten(0, 1), batch[1].flatten(), ignore_index=-1)
+    own = {x.untyped_storage().data_ptr():x.untyped_storage().nbytes() for x in [*model.parameters(), *model.buffers()]}
+    loss.backward()
+    learnt = sum(p.numel()*p.element_size() for p in model.parameters() if p.grad is not None)
+    state = sum(x.nbytes for o in optimizers for v in o.state.values() for x in v.values() if torch.is_tensor(x))
+    for o in optimizers: o.zero_grad()
+    return sum(own.values()) + learnt + state + sum(n for at,n in kept.items() if at not in own)
+
+def small(out:Path, seconds:float)->None:
+    "Ways to tune, and learning curves, for the lesson's models: six classes, 600 labels, the frozen test families asked. Adds to a record that exists."
+    from copy import deepcopy
+    from functools import partial
+    from types import SimpleNamespace
+    from llm_scratch.architecture import Decoder, ModelConfig, init_weights
+    from llm_scratch.clauses import draw_labels, is_test, load_clauses, of_classes, tfidf_svm
+    from llm_scratch.classification import ClassBatches, Classifier, MaskedBatches, TwoSided, class_samples, class_scores, label_nats, label_task
+    from llm_scratch.core import read_json
+    from llm_scratch.fastbpe import best_tokenizer, best_trainer
+    from llm_scratch.finetuning import TuningBatches
+    from llm_scratch.pretraining import Batches, TrainState, make_optimizers, train, wsd
+    from llm_scratch.tokenization import train_bpe
+    torch.set_num_threads(1)
+    end,rows = time.time()+seconds,read_json(out).get("small", []) # what is there already is not done again
+    there = {(r["kind"], r.get("method", r.get("model")), r.get("seed", r.get("n"))) for r in rows}
+    clauses = load_clauses()
+    known = of_classes(clauses, SIX)
+    draw = lambda some, n: [some[i] for i in np.random.default_rng(0).permutation(len(some))[:n]]
+    learn,asked = draw([c for c in known if not is_test(c.family)], 600),draw([c for c in known if is_test(c.family)], 250)
+    free,other = ([c.text.lower() for c in clauses if is_test(c.family) == held] for held in (False, True))
+    tok = best_tokenizer(train_bpe(free[::8], 1024, SPECIALS, best_trainer()))
+    cfg = ModelConfig(tok.vocab_size, context_len=80, n_layers=2, n_heads=4, n_kv_heads=4, d_model=96, d_ff=256, d_head=24)
+    stream = lambda texts: np.concatenate([[tok.eot_id, *ids] for ids in tok.encode_batch(texts)])
+    tokens,held = stream(free),stream(other[:600])
+    held = torch.tensor(held[:len(held)//65*65].reshape(-1, 65)[:200])
+    ids_of = lambda some: list(tok.encode_batch(c.text.lower() for c in some))
+    asked_ids,truth = ids_of(asked),np.array([SIX.index(c.label) for c in asked])
+    def run(model, batches, n, lr=1., make=make_optimizers):
+        state,start = TrainState(model, make(model, lr)),time.process_time()
+        for _ in train(state, batches, lambda i: wsd(i, n), n): pass
+        return state,time.process_time()-start
+    def write(**row):
+        rows.append(row); print(row, flush=True)
+        text = out.read_text(encoding="utf-8")
+        head,_,tail = text.partition(' "rows": [')
+        head = head.partition(' "small": [')[0]
+        new = out.with_name(f".{out.name}.new")
+        new.write_text(head + ' "small": [\n' + ",\n".join("  " + json.dumps(r) for r in rows) + '\n ],\n "rows": [' + tail, encoding="utf-8"); os.replace(new, out)
+    def known_nats(model):
+        with torch.no_grad(): return torch.cat([F.cross_entropy(model(x[:,:-1]).float().flatten(0, 1), x[:,1:].flatten(), reduction="none").view(len(x), -1).mean(1) for x in held.split(50)]).double().numpy()
+    base,windows = init_weights(Decoder(cfg), 0),Batches(tokens, 80, 16)
+    run(base, windows, 120)
+    task = label_task(tok, SIX, 64) # room for vectors in front, the same for all
+    job = SimpleNamespace(device=torch.device("cpu"), data=dict(names=SIX, labels={name:tok.encode(" " + name.replace("_", " ")) for name in SIX}))
+    before = known_nats(base)
+    right = lambda said: "".join("01"[int(x)] for x in said == truth)
+    if ("method", "not tuned", None) not in there: write(kind="method", method="not tuned", trained=0, right=right(label_nats(base, task, asked_ids).argmin(1)))
+    for seed in range(3):
+        for name,make in methods(job).items():
+            if time.time() > end: return
+            if ("method", name, seed) in there: continue
+            torch.manual_seed(seed)
+            model,lr,opt = make(deepcopy(base))
+            lr = lr if opt else .3
+            batches = TuningBatches([task.sample(ids, c.label) for ids,c in zip(ids_of(learn), learn)], 64, 16, tok.eot_id+2, seed)
+            state,took = run(model, batches, 100, lr, opt or make_optimizers)
+            gone = known_nats(model)-before
+            write(kind="method", method=name, seed=seed, trained=sum(p.numel() for p in model.parameters() if p.requires_grad), seconds=round(took, 2), bytes=bytes_of_update(model, state.optimizers, batches[0]),
+                  right=right(label_nats(model, task, asked_ids).argmin(1)), forgotten=float(gone.mean()), forgotten_stderr=float(gone.std(ddof=1)/len(gone)**.5))
+        if seed or ("curve", "encoder", 600) in there: continue
+        encoder = init_weights(TwoSided(cfg), 0)
+        run(encoder, MaskedBatches(windows, tok.eot_id+1, tok.vocab_size), 120)
+        for n in (25, 50, 100, 200, 400, 600):
+            some = draw_labels(learn, n, 0)
+            if ("curve", "words counted", n) not in there: write(kind="curve", model="words counted", n=n, right=right(np.array([SIX.index(x) for x in tfidf_svm(some, [c.text for c in asked])])))
+            if ("curve", "encoder from nothing", n) in there: continue
+            for first,model in (("encoder", encoder), ("encoder from nothing", init_weights(TwoSided(cfg), 0))):
+                c = Classifier(deepcopy(model), 6, tok.eot_id+2)
+                samples = TuningBatches(class_samples(ids_of(some), [SIX.index(x.label) for x in some], 80), 80, 16, tok.eot_id+2)
+                run(c, ClassBatches(samples, tok.eot_id+1, .1), min(100, 20+n//2), .3)
+                write(kind="curve", model=first, n=n, right=right(class_scores(c, asked_ids, 80).argmax(1)))
 
 def main(argv:list[str]|None=None)->None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -723,11 +814,13 @@ def main(argv:list[str]|None=None)->None:
     for name,default in dict(base_steps=1400, base_seconds=70., adapt_steps=700, adapt_seconds=60., heading_steps=500, seeds_18=1).items():
         parser.add_argument(f"--{name.replace('_', '-')}", type=type(default), default=default)
     parser.add_argument("--tiny", action="store_true", help="little data, tiny models")
+    parser.add_argument("--small", type=float, metavar="SECONDS", help="what the lesson's models say on this CPU, added to the record of --out")
     parser.add_argument("--job", help=argparse.SUPPRESS)
     parser.add_argument("--until", type=float, help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
     if args.prepare: return prepare(args.prepare, args.tiny)
     if args.data and (args.data/"site").is_dir(): sys.path.append(str(args.data/"site")) # what the machine lacks; last, what is installed comes first
+    if args.small: return small(args.out, args.small)
     if args.job: return run_job(args)
     args.until = time.time() + 60*args.minutes
     Path(f"{args.out}.parts").mkdir(parents=True, exist_ok=True)

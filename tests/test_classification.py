@@ -24,6 +24,7 @@ from llm_scratch.classification import (
     label_choice,
     label_nats,
     label_task,
+    only_labels,
     write_labels,
 )
 from llm_scratch.core import UserError
@@ -80,6 +81,15 @@ def test_only_labels_are_written_and_greedily(texts, said):
             so_far.append(max(going, key=lambda i: logits[i].item()))
             assert len(so_far) <= max(map(len, task.answers)), f"{so_far} is not how {name} begins"
 
+def test_a_label_that_has_ended_goes_on_with_its_end():
+    task,logits = small_task([[1], [1, 2], [3]]),torch.zeros(3, 50)
+    free = only_labels(task, 2)(logits, torch.tensor([[7, 8, 1, 48], [7, 8, 1, 2], [7, 8, 3, 48]]))
+    assert [x.isfinite().nonzero().flatten().tolist() for x in free] == [[48], [48], [48]]
+    first = only_labels(task, 2)(logits[:1], torch.tensor([[7, 8]]))
+    assert first[0].isfinite().nonzero().flatten().tolist() == [1, 3]
+    second = only_labels(task, 2)(logits[:1], torch.tensor([[7, 8, 1]]))
+    assert second[0].isfinite().nonzero().flatten().tolist() == [2, 48]
+
 def test_prompts_keep_the_question():
     task = small_task([[1], [2, 3, 4]])
     long = task.prompt(list(range(30)))
@@ -135,6 +145,8 @@ def test_masked_batches_depend_on_the_step_alone():
     whole = windows[3][0]
     assert torch.equal(torch.where(t == -1, a, t), whole) and .4 < (t != -1).float().mean() < .6
     assert not torch.equal(MaskedBatches(windows, 47, 40, share=.5, seed=1)[3][0], a)
+    same = [windows[0]]*2 # one text twice: other holes
+    assert not torch.equal(*(MaskedBatches(same, 47, 40)[step][0] for step in (0, 1)))
     assert .2 < (MaskedBatches(windows, 47, 40)[3][1] != -1).float().mean() < .4
 
 def test_class_batches_leave_words_out_but_no_filling():
