@@ -33,14 +33,14 @@ from .qlora import quantize_model
 from .report import report_row
 
 # %% ../nbs/08j_methods.ipynb #08j008
-_RATES = dict(lora=.01, qlora=.01, prompt=.05) # of AdamW
+_RATES = dict(lora=.003, qlora=.003, prompt=.05) # of AdamW
 
 def method_optimizers(
     method:str, # of `METHODS`
     lr:float=1., # factor of the method's own rate
 ): # a model to a list of optimizers, as `TrainState` wants it
     "Which optimizer, and how fast."
-    return partial(make_optimizers, lr=.3*lr) if method == "full" else partial(make_adamw, lr=_RATES[method]*lr)
+    return partial(make_optimizers, lr=lr) if method == "full" else partial(make_adamw, lr=_RATES[method]*lr)
 
 def tune_samples(
     base:Decoder, # stays as it is
