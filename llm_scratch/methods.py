@@ -8,7 +8,7 @@ __all__ = ['method_optimizers', 'tune_samples', 'label_samples', 'frozen_split',
 
 # %% ../nbs/08j_methods.ipynb #08j004
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, replace
 from functools import partial
@@ -31,6 +31,7 @@ from .pretraining import Step, TrainState, make_adamw, make_optimizers, train, w
 from .prompting import load_prompt, save_prompt
 from .qlora import quantize_model
 from .report import report_row
+from .tokenization import Vocabulary
 
 # %% ../nbs/08j_methods.ipynb #08j008
 _RATES = dict(lora=.003, qlora=.003, prompt=.05) # of AdamW
@@ -38,7 +39,7 @@ _RATES = dict(lora=.003, qlora=.003, prompt=.05) # of AdamW
 def method_optimizers(
     method:str, # of `METHODS`
     lr:float=1., # factor of the method's own rate
-): # a model to a list of optimizers, as `TrainState` wants it
+)->Callable[[nn.Module], list[torch.optim.Optimizer]]: # as engines want it
     "Which optimizer, and how fast."
     return partial(make_optimizers, lr=lr) if method == "full" else partial(make_adamw, lr=_RATES[method]*lr)
 
@@ -52,7 +53,7 @@ def tune_samples(
     pad_id:int=0, # fills rows up
     lr:float=1., # factor of the method's own rate
     seed:int=0, # of the order
-    watch=lambda steps: steps, # shows progress: takes the updates, gives the same
+    watch:Callable[[Iterable], Iterable]=iter, # shows progress: takes the updates, gives the same
 )->nn.Module: # a tuned copy, in eval mode
     "Tune a copy of a model by one of the four methods."
     model = tuned(deepcopy(base).train(), tuning)
@@ -64,7 +65,7 @@ def tune_samples(
 # %% ../nbs/08j_methods.ipynb #08j010
 def label_samples(
     task:LabelTask, # of `label_task`
-    tok, # encodes
+    tok:Vocabulary, # encodes
     clauses:Sequence[Clause], # that have labels
 )->list[Sample]: # for `tune_samples`
     "Clauses to read, and their labels in words to learn."
@@ -95,7 +96,7 @@ class Outcome:
     forgotten:Result # bits per byte that other text takes more than before
 
 def judge_labels(
-    say, # texts `list[str]` to a label for each
+    say:Callable[[list[str]], Sequence[str]], # texts to a label for each
     clauses:Sequence[Clause], # that were held out
 )->tuple[Result, Result]: # share right, macro-F1
     "How good names are, with error bars over families."
@@ -121,7 +122,7 @@ def task_for(
 
 def try_method(
     base:Decoder, # stays as it is
-    tok, # encodes
+    tok:Vocabulary, # encodes
     task:LabelTask, # of `label_task`
     train_on:Sequence[Clause], # with labels
     held:Sequence[Clause], # of other families
@@ -130,7 +131,7 @@ def try_method(
     n_steps:int, # updates
     *,
     batch_size:int=16, # samples in an update
-    **how, # `lr`, `seed`, `watch`, as for `tune_samples`
+    **how:object, # `lr`, `seed`, `watch`, as for `tune_samples`
 )->tuple[nn.Module, Outcome]: # tuned, and its row
     "Tune, and measure all that the table says."
     task = task_for(task, tuning)

@@ -976,7 +976,7 @@ def tune_chat(
     learn,held = split_by_title([*book_dialogues(), *given_dialogues(*map(read_source, ("recipes", "encyclopaedia")))], titles=unread)
     asked = mix_dialogues(held, {"steps":40, "ingredients":40, "fact":40, "ingredients, given":40}, seed=run.seed)
     def figures(when:str)->Iterator[dict]:
-        answers = answer_all(model.eval(), tok, asked)
+        answers = answer_all(model.eval(), tok, asked, 160, rng=torch.Generator().manual_seed(run.seed), **SAMPLING)
         for kind in dict.fromkeys(a.dialogue.kind for a in answers):
             own = [a for a in answers if a.dialogue.kind == kind]
             for what,score in (("form of answers", form_score), ("words of the source in answers", fact_score), ("words by luck in answers", luck_score)): yield report_row(f"{what}, {kind}, {when}", score(own), step="finetune")

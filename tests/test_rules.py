@@ -70,11 +70,11 @@ MAY_IMPORT = {
     "prompting": {"core", "architecture", "lora"},  # lora: the hash of a base
     "footprint": {"core", "architecture", "planning", "lora", "qlora", "prompting"},
     "clauses": {"core", "comparison", "data", "duplicates", "evaluation"},
-    "classification": {"core", "architecture", "curriculum", "finetuning", "generation", "tasks"},
+    "classification": {"core", "architecture", "curriculum", "finetuning", "generation", "tasks", "tokenization"},
     "assistant": {"core", "data", "evaluation", "finetuning", "generation", "interchange", "packing", "pretraining", "tokenization"},  # a chapter that joins many: text, ids, model and training meet
     "alignment": {"core", "data", "engines", "evaluation", "finetuning", "preference", "pretraining"},
     "reinforcement": {"core", "engines", "evaluation", "finetuning", "generation", "pretraining"},
-    "methods": {"core", "architecture", "classification", "clauses", "evaluation", "finetuning", "footprint", "lora", "pretraining", "prompting", "qlora", "report"},  # side by side is its point
+    "methods": {"core", "architecture", "classification", "clauses", "evaluation", "finetuning", "footprint", "lora", "pretraining", "prompting", "qlora", "report", "tokenization"},  # side by side is its point
     "pipeline": {"core", "objectives", "architecture", "backward", "generation", "interchange", "llamacpp", "data", "sources", "cleaning", "privacy", "curation", "duplicates", "tokenization", "fastbpe", "infrastructure", "planning", "checkpointing", "engines", "launching", "monitoring", "pretraining", "rates", "stability", "watching", "evaluation", "comparison", "perplexity", "metrics", "harness", "bridge", "report", "assistant", "classification", "clauses", "footprint", "methods"},
 }
 HEAVY = {"datasets", "tokenizers", "matplotlib", "rich", "typer", "ipywidgets", "transformers", "evaluate", "IPython", "pandas", "nbdev", "numba", "gguf", "xllamacpp",
