@@ -122,6 +122,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                        'llm_scratch.assistant.ask': ('assistant.html#ask', 'llm_scratch/assistant.py'),
                                        'llm_scratch.assistant.book_dialogues': ( 'assistant.html#book_dialogues',
                                                                                  'llm_scratch/assistant.py'),
+                                       'llm_scratch.assistant.chain_dialogues': ( 'assistant.html#chain_dialogues',
+                                                                                  'llm_scratch/assistant.py'),
                                        'llm_scratch.assistant.chat_samples': ('assistant.html#chat_samples', 'llm_scratch/assistant.py'),
                                        'llm_scratch.assistant.check_template': ( 'assistant.html#check_template',
                                                                                  'llm_scratch/assistant.py'),

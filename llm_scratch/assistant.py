@@ -6,9 +6,9 @@
 __all__ = ['Message', 'CHAT_TEMPLATE', 'SMALL_TALK', 'BOOK_MIX', 'TOPICS', 'render_chat', 'Encoded', 'encode_chat',
            'check_template', 'end_id', 'set_mean_rows', 'add_tokens', 'Dialogue', 'ask', 'recipe_dialogues',
            'first_sentence', 'wiki_dialogues', 'parable_dialogues', 'read_morals', 'small_talk_dialogues',
-           'with_passage', 'given_dialogues', 'book_dialogues', 'split_by_title', 'mix_dialogues', 'chat_samples',
-           'tune_assistant', 'fit_history', 'reply', 'save_assistant', 'read_template', 'Assistant', 'open_assistant',
-           'in_form', 'word_f1', 'Answer', 'answer_all', 'form_score', 'fact_score', 'luck_score']
+           'with_passage', 'given_dialogues', 'book_dialogues', 'split_by_title', 'mix_dialogues', 'chain_dialogues',
+           'chat_samples', 'tune_assistant', 'fit_history', 'reply', 'save_assistant', 'read_template', 'Assistant',
+           'open_assistant', 'in_form', 'word_f1', 'Answer', 'answer_all', 'form_score', 'fact_score', 'luck_score']
 
 # %% ../nbs/08g_assistant.ipynb #08gimp
 import codecs
@@ -319,6 +319,20 @@ def mix_dialogues(
         if not some and n: raise UserError(f"there are 0 dialogues of the kind {kind}: give some of {', '.join(by)}")
         whole,rest = divmod(n, max(len(some), 1))
         out += some*whole + rng.sample(some, rest)
+    return out
+
+# %% ../nbs/08g_assistant.ipynb #08gchain2
+def chain_dialogues(
+    dialogues:Iterable[Dialogue], # in any order
+    most:int=3, # that are joined, at most
+    seed:int=0, # of the order and of the lengths
+)->list[Dialogue]: # fewer and longer ones, with all messages; kind and title are those of the last
+    "Join dialogues at random, so that a question is answered for itself, whatever was said before."
+    rng,todo,out = random.Random(seed),list(dialogues),[]
+    rng.shuffle(todo)
+    while todo:
+        some = [todo.pop() for _ in range(min(rng.randint(1, most), len(todo)))]
+        out.append(some[-1]._replace(messages=[m for d in some for m in d.messages]))
     return out
 
 # %% ../nbs/08g_assistant.ipynb #08gbatches

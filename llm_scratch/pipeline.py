@@ -37,7 +37,7 @@ from safetensors import safe_open
 from torch import nn
 
 from .architecture import Decoder, ModelConfig, init_weights, load_model, n_params, save_model, training_flops_per_token
-from .assistant import Assistant, add_tokens, answer_all, book_dialogues, fact_score, form_score, given_dialogues, luck_score, mix_dialogues, open_assistant, reply, save_assistant, set_mean_rows, split_by_title, tune_assistant
+from .assistant import Assistant, add_tokens, answer_all, book_dialogues, chain_dialogues, fact_score, form_score, given_dialogues, luck_score, mix_dialogues, open_assistant, reply, save_assistant, set_mean_rows, split_by_title, tune_assistant
 from .backward import quick_products, quick_training
 from .classification import label_choice, label_task
 from .clauses import CORE_14, family_of, is_test, keyword_rules, majority, tfidf_svm
@@ -982,7 +982,7 @@ def tune_chat(
             for what,score in (("form of answers", form_score), ("words of the source in answers", fact_score), ("words by luck in answers", luck_score)): yield report_row(f"{what}, {kind}, {when}", score(own), step="finetune")
     rows = list(figures("before"))
     with quick_training(model, model.cfg.context_len):
-        for _ in watch(tune_assistant(model.train(), tok, mix_dialogues(learn, seed=run.seed), n_steps, seed=run.seed), "tune for dialogues", n_steps): pass
+        for _ in watch(tune_assistant(model.train(), tok, chain_dialogues(mix_dialogues(learn, seed=run.seed), seed=run.seed), n_steps, seed=run.seed), "tune for dialogues", n_steps): pass
     rows += figures("after")
     run.tuned.mkdir(exist_ok=True)
     save_assistant(model, tok, run.tuned/"chat")
