@@ -953,8 +953,8 @@ def tune_clauses(
     with quick_products(model.cfg.context_len):
         rivals = {"not tuned":judge_labels(lambda texts: label_choice(model, task, [tok.encode(t) for t in texts]), held)} | {m.__name__:judge_labels(partial(m, seen), held) for m in (majority, keyword_rules, tfidf_svm)}
         for method in methods:
-            n_steps = max(1, round(epochs*len(seen)/16))
-            new,outcome = try_method(model, tok, task, seen, held, others, Tuning(method, rank=rank), n_steps, seed=run.seed, watch=lambda steps: watch(steps, f"tune {method}", n_steps))
+            n_steps = max(1, round(epochs*len(seen)/8))
+            new,outcome = try_method(model, tok, task, seen, held, others, Tuning(method, rank=rank), n_steps, batch_size=8, seed=run.seed, watch=lambda steps: watch(steps, f"tune {method}", n_steps))
             save_tuned(new, run.tuned/f"clauses-{method}", method, tok.eot_id)
             outcomes.append(outcome)
     table = methods_table(outcomes, rivals)
