@@ -62,7 +62,7 @@ def test_the_same_seed_is_the_same_model_and_the_rate_counts():
     one = run()
     assert same(one, run()) and not same(one, run(seed=1)) and not same(one, run(lr=.1))
     rate = lambda method, **how: method_optimizers(method, **how)(BASE)[-1].param_groups[0]["initial_lr"]
-    assert rate("prompt") == .05 and rate("lora", lr=.5) == .005
+    assert rate("prompt") == .05 and rate("lora", lr=.5) == .0015
 
 
 def test_nothing_forgotten_is_zero_and_worse_is_above_it():
