@@ -7,8 +7,9 @@ __all__ = ['PRESETS', 'BRIEFS', 'IMPORT', 'Watch', 'CLEANING', 'MOST_READ', 'SAM
            'gpu', 'cluster', 'open_brief', 'briefed', 'Run', 'open_run', 'start_run', 'quietly', 'cleaning_stages',
            'prepare_documents', 'prepare_tokens', 'read_log', 'preset_layout', 'check_memory', 'free_bytes', 'pretrain',
            'model_card', 'save_pretrained', 'write_texts', 'read_results', 'evaluate_run', 'run_verdicts', 'scorecard',
-           'save_scorecard', 'save_report', 'stream_text', 'main', 'tune_clauses', 'tune_chat', 'preset_plan',
-           'preset_rows', 'is_imported', 'import_hf', 'import_gguf', 'open_imported', 'export_hf', 'export_gguf']
+           'save_scorecard', 'save_report', 'stream_text', 'main', 'tune_clauses', 'tune_chat', 'prefer_chat',
+           'preset_plan', 'preset_rows', 'is_imported', 'import_hf', 'import_gguf', 'open_imported', 'export_hf',
+           'export_gguf']
 
 # %% ../nbs/12_pipeline.ipynb #0e203540
 import codecs
@@ -37,7 +38,8 @@ from safetensors import safe_open
 from torch import nn
 
 from .architecture import Decoder, ModelConfig, init_weights, load_model, n_params, save_model, training_flops_per_token
-from .assistant import Assistant, add_tokens, answer_all, book_dialogues, chain_dialogues, fact_score, form_score, given_dialogues, luck_score, mix_dialogues, open_assistant, reply, save_assistant, set_mean_rows, split_by_title, tune_assistant
+from .alignment import PreferenceBatches, corrupt, fewer_flaws, pair_samples, reference_logps, steps_of_answer, tune_dpo, win_rate
+from .assistant import Assistant, Dialogue, add_tokens, answer_all, ask, book_dialogues, chain_dialogues, chat_samples, end_id, fact_score, form_score, given_dialogues, luck_score, mix_dialogues, open_assistant, reply, save_assistant, set_mean_rows, split_by_title, tune_assistant
 from .backward import quick_products, quick_training
 from .classification import label_choice, label_task
 from .clauses import CORE_14, family_of, is_test, keyword_rules, majority, tfidf_svm
@@ -963,6 +965,10 @@ def tune_clauses(
     return table
 
 # %% ../nbs/12_pipeline.ipynb #f8tune03
+def _dialogues(run:Run)->tuple[list[Dialogue], list[Dialogue]]: # to learn from, and held out
+    unread = [t.partition("\n")[0].removeprefix("# ") for t in load_documents(run.documents)["validation"]["text"]] # nobody is taught about these
+    return split_by_title([*book_dialogues(), *given_dialogues(*map(read_source, ("recipes", "encyclopaedia")))], titles=unread)
+
 def tune_chat(
     run:Run, # with a model
     n_steps:int=300, # updates
@@ -972,8 +978,7 @@ def tune_chat(
     if not run.model.exists(): raise _missing(run, run.model, "pretrain")
     model,tok = add_tokens(load_model(run.model), load_tokenizer(run.tokenizer))
     set_mean_rows(model, [i for name,i in tok.special_ids.items() if name.startswith("<|im_")], tok.eot_id) # a run's tokenizer has them, and its training has not met them
-    unread = [t.partition("\n")[0].removeprefix("# ") for t in load_documents(run.documents)["validation"]["text"]] # nobody is taught about these
-    learn,held = split_by_title([*book_dialogues(), *given_dialogues(*map(read_source, ("recipes", "encyclopaedia")))], titles=unread)
+    learn,held = _dialogues(run)
     asked = mix_dialogues(held, {"steps":40, "ingredients":40, "fact":40, "ingredients, given":40}, seed=run.seed)
     def figures(when:str)->Iterator[dict]:
         answers = answer_all(model.eval(), tok, asked, 160, rng=torch.Generator().manual_seed(run.seed), **SAMPLING)
@@ -989,20 +994,51 @@ def tune_chat(
     _tuned_rows(run, "chat", rows)
     return rows
 
+# %% ../nbs/12_pipeline.ipynb #f8tune03b
+def _flaws(prompt:str, answer:str)->float:
+    "Steps that are said twice; an answer without steps has four flaws."
+    steps = steps_of_answer(answer.strip())
+    return float(len(steps)-len(set(steps))) if steps else 4.
+
+def prefer_chat(
+    run:Run, # with an assistant
+    n_steps:int=60, # updates
+    watch:Watch=quietly, # shows progress
+)->list[dict]: # figures, such as how often the new one wins
+    "Step 8: teach the assistant of a run which of two answers is better (DPO)."
+    if not (run.tuned/"chat").exists(): raise UserError(f"{run.tuned/'chat'} is missing: run `llm-scratch finetune --run {run.folder} --task chat` first")
+    model,tok,template = open_assistant(run.tuned/"chat")
+    learn,held = _dialogues(run)
+    steps = lambda side,n: [(d.messages[0]["content"], d.messages[1]["content"]) for d in mix_dialogues(side, {"steps":n}, seed=run.seed)]
+    asked = [ask(q, a, "steps") for q,a in steps(held, 60)]
+    said = lambda: [a.text for a in answer_all(model.eval(), tok, asked, 160, rng=torch.Generator().manual_seed(run.seed), template=template, **SAMPLING)]
+    pairs = pair_samples(corrupt(steps(learn, 200), seed=run.seed), lambda q,a: chat_samples(tok, [ask(q, a, "steps")], min(256, model.cfg.context_len), template)[0])
+    before,ref_N2 = said(),reference_logps(model, model, pairs)
+    batches,state = PreferenceBatches(pairs, ref_N2, 8, end_id(tok, template), run.seed),TrainState(model.train(), make_adamw(model, 2e-4))
+    with quick_products(model.cfg.context_len): told = list(watch(tune_dpo(state, batches, lambda step: min(1, (step+1)/10), n_steps, beta=.3), "prefer", n_steps))
+    after,prompts = said(),[d.messages[0]["content"] for d in asked]
+    flaws = lambda texts: mean_of([_flaws(q, t) for q,t in zip(prompts, texts)])
+    rows = [report_row(name, result, step="finetune") for name,result in {"flaws of steps, before":flaws(before), "flaws of steps, after":flaws(after), "wins over the assistant before":win_rate(fewer_flaws(_flaws), prompts, after, before, run.seed),
+            "pairs told apart, last ten updates":mean_of([t.right for t in told[-10:]])}.items()]
+    save_assistant(model, tok, run.tuned/"chat-dpo", template)
+    _tuned_rows(run, "chat-dpo", rows)
+    return rows
+
 # %% ../nbs/12_pipeline.ipynb #f8tune04
 @_verb("finetune")
 def _finetune_verb(run:_RunOption=None, preset:_PresetOption=None, task:Annotated[str, typer.Option(help="clauses: name the kind of a legal clause; chat: answer as an assistant")]="clauses",
-    method:Annotated[str, typer.Option(help=f"of clauses: {', '.join(METHODS)}, several with commas, or all")]="full", epochs:Annotated[float, typer.Option(help="times through the clauses", min=.01)]=3., rank:Annotated[int, typer.Option(help="of adapters", min=1)]=8,
-    steps:Annotated[int, typer.Option(help="updates of chat", min=1)]=300)->None:
+    method:Annotated[str, typer.Option(help=f"of clauses: {', '.join(METHODS)}, several with commas, or all; of chat: full, then dpo")]="full", epochs:Annotated[float, typer.Option(help="times through the clauses", min=.01)]=3., rank:Annotated[int, typer.Option(help="of adapters", min=1)]=8,
+    steps:Annotated[int, typer.Option(help="updates of chat", min=1, show_default="300, of dpo 60")]=None)->None:
     "Tune the model of a run for a task, and say what it took, reached and forgot; status 1 if a gate of the brief was not shown to hold."
     from rich.console import Console
     from rich.markdown import Markdown
     r,out = open_run(_home(run, preset)),Console(highlight=False, markup=False)
     if task not in ("clauses", "chat"): raise UserError(f"there is no task {task}: give clauses or chat")
     if task == "clauses": out.print(Markdown(tune_clauses(r, METHODS if method == "all" else _names(method), epochs, rank, _track())))
-    elif method != "full": raise UserError(f"an assistant learns new tokens, so all its weights are tuned: leave out --method {method}")
+    elif method not in ("full", "dpo"): raise UserError(f"an assistant learns new tokens, so all its weights are tuned: give full, or dpo after it, not --method {method}")
     else:
-        for _,figure,value,n,_ in _table(tune_chat(r, steps, _track())): out.print(f"{figure:52} {value}", soft_wrap=True)
+        rows = tune_chat(r, steps or 300, _track()) if method == "full" else prefer_chat(r, steps or 60, _track())
+        for _,figure,value,n,_ in _table(rows): out.print(f"{figure:52} {value}", soft_wrap=True)
     out.print(f"tuned: {r.tuned}", soft_wrap=True)
     kept = check_gates(load_brief(r.brief), _read_lines(r.tuned/f"{task}.jsonl"), "finetune") if r.brief.exists() and task == "clauses" else []
     if kept and not gates_hold(kept): _fail(f"{sum(v.outcome != 'pass' for v in kept)} of {len(kept)} gates of {r.brief} were not shown to hold: {'; '.join(' '.join(row) for row in gate_rows(kept))}", 1)
@@ -1297,10 +1333,12 @@ def _generate_verb(
 
 # %% ../nbs/12_pipeline.ipynb #678fdc23
 @_verb("chat")
-def _chat_verb(run:_RunOption=None, preset:_PresetOption=None, temperature:_Temperature=SAMPLING["temperature"], top_k:_TopK=None, top_p:_TopP=SAMPLING["top_p"])->None:
+def _chat_verb(run:_RunOption=None, preset:_PresetOption=None, tuned:Annotated[str, typer.Option(help="which assistant of the run, such as chat-dpo")]="chat", temperature:_Temperature=SAMPLING["temperature"], top_k:_TopK=None, top_p:_TopP=SAMPLING["top_p"])->None:
     "Talk to the assistant of a run (`finetune --task chat`), or let its model continue what you begin; an empty line ends."
     how = dict(temperature=temperature, top_k=top_k, top_p=top_p)
-    if (tuned := _home(run, preset)/"tuned"/"chat").exists(): _talk(open_assistant(tuned), **how)
+    home = _home(run, preset)/"tuned"/tuned
+    if home.exists(): _talk(open_assistant(home), **how)
+    elif tuned != "chat": raise UserError(f"there is no assistant {home}: make one with `llm-scratch finetune --task chat`")
     else: _continue(*_open_model(run, preset), **how)
 
 def _talk(assistant:Assistant, **how)->None:

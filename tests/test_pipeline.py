@@ -797,7 +797,7 @@ def test_an_assistant_is_made_and_answers(tunable, tmp_path, monkeypatch):
     from llm_scratch.assistant import Assistant, ask, open_assistant
     folder = Path(shutil.copytree(tunable.folder, tmp_path/"run"))
     kinds = "steps", "ingredients", "ingredients, given", "fact", "fact, given", "description", "topic", "small talk"
-    made = [ask(f"What of {kind} {i}?", "1. Stir.", kind, "" if kind == "small talk" else f"{kind} {i}") for kind in kinds for i in range(80)]
+    made = [ask(f"What of {kind} {i}?", "1. Stir.\n2. Eat.\n3. Rest.", kind, "" if kind == "small talk" else f"{kind} {i}") for kind in kinds for i in range(80)]
     monkeypatch.setattr(pipeline, "book_dialogues", lambda: made)
     monkeypatch.setattr(pipeline, "given_dialogues", lambda *docs: [])
     monkeypatch.setattr(pipeline, "read_source", lambda name: [])
@@ -808,9 +808,15 @@ def test_an_assistant_is_made_and_answers(tunable, tmp_path, monkeypatch):
     assert status == 0 and out.count("> ") == 3 and "Ask for a recipe" in err, err
     again = call("chat", "--run", folder, typed="What of steps 1?\nAnd then?\n\n")[1]
     assert again == out  # the same questions, the same answers
+    before = sha256_file(folder/"tuned"/"chat"/"model.safetensors")
+    status, out, err = call("finetune", "--run", folder, "--task", "chat", "--method", "dpo", "--steps", 2)
+    assert status == 0 and "wins over the assistant before" in out and sha256_file(folder/"tuned"/"chat"/"model.safetensors") == before != sha256_file(folder/"tuned"/"chat-dpo"/"model.safetensors"), err
+    assert call("chat", "--run", folder, "--tuned", "chat-dpo", typed="What of steps 1?\n\n")[0] == 0
+    status, _, err = call("chat", "--run", folder, "--tuned", "poet", typed="\n")
+    assert status == 2 and "there is no assistant" in err
 
 
-@pytest.mark.parametrize("args, said", [(("--task", "poems"), "there is no task poems: give clauses or chat"), (("--method", "magic"), "there is no method magic: give some of full, lora"), (("--task", "chat", "--method", "lora"), "leave out --method lora")])
+@pytest.mark.parametrize("args, said", [(("--task", "poems"), "there is no task poems: give clauses or chat"), (("--method", "magic"), "there is no method magic: give some of full, lora"), (("--task", "chat", "--method", "lora"), "give full, or dpo after it, not --method lora"), (("--task", "chat", "--method", "dpo"), "--task chat` first")])
 def test_what_cannot_be_tuned_is_one_line(tunable, few_clauses, args, said):
     status, _, err = call("finetune", "--run", tunable.folder, *args)
     assert status == 2 and said in err and len(err.strip().splitlines()) == 1 and not tunable.tuned.exists()
