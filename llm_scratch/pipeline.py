@@ -56,7 +56,7 @@ from .evaluation import NGram, bits_per_byte, counts_steps, looks_like_recipe, m
 from .footprint import METHODS, Tuning
 from .generation import Cache, sample, stream
 from .interchange import TOKENIZER_FILES, copy_tokenizer, find_tensors, load_hf, load_special_ids, save_hf
-from .harness import ModelScorer, NGramScorer, TaskResult, baselines, stand
+from .harness import ModelScorer, NGramScorer, Task, TaskResult, baselines, stand
 from .infrastructure import HardwareSampler, doctor_rows, hardware_report, local_preflight, measured_rows, preflight_rank, read_memory
 from .launching import WAYS, launch, launch_text, make_job
 from .llamacpp import load_gguf, read_gguf, save_gguf, write_modelfile
@@ -618,12 +618,12 @@ def _writing(run:Run, model:Decoder, watch:Watch)->Iterator[dict]:
     read = [ids.tolist() for ids in islice(_shards(run, "train").docs(), MOST_READ) if len(ids) >= 48][:100] # 32 ids are given, 16 must come
     if read and model.cfg.context_len >= 48: yield report_row("training texts continued word for word", memorisation_rate(model, read), "0")
 
-def _questions(run:Run, model:Decoder, counter:NGram, names:tuple[str, ...], watch:Watch)->tuple[list[TaskResult], list[dict]]: # how it stands, and rows on leaks
+def _questions(run:Run, model:Decoder, counter:NGram, others:list[Task], watch:Watch)->tuple[list[TaskResult], list[dict]]: # how it stands, and rows on leaks
     "Questions made of the held-out texts, and those of others that were asked for."
     tok,splits = load_tokenizer(run.tokenizer),load_documents(run.documents)
-    asked = [(t, replace(t, docs=())) for t in text_tasks(splits["validation"]["text"][:], seed=run.seed)] + [load_questions(name).draw(200, run.seed) for name in names]
+    asked = [(t, replace(t, docs=())) for t in text_tasks(splits["validation"]["text"][:], seed=run.seed)] + [t.draw(200, run.seed) for t in others]
     standings = [stand(t, ModelScorer(model, tok), baselines(rest) | {"5-gram":NGramScorer(counter, tok)}) for t,rest in watch(asked, "ask questions", len(asked))]
-    leaks = find_leaks({t.name:t for t,_ in asked if t.name in names}, list(_texts(splits["train"], MOST_READ)))
+    leaks = find_leaks({t.name:t for t,_ in asked[len(asked)-len(others):]}, list(_texts(splits["train"], MOST_READ)))
     return standings,[report_row(f"questions that the training text has seen, {name}", share_of(sum(l is not None for l in found), len(found)), "0") for name,found in leaks.items()]
 
 # %% ../nbs/12_pipeline.ipynb #e7d60c7f
@@ -646,9 +646,9 @@ def evaluate_run(
 )->list[dict]: # the figures, as `read_results` gives them
     "Step 7: measure the model, write some texts, and make the scorecard and the report."
     if not run.model.exists(): raise _missing(run, run.model, "pretrain")
-    model = load_model(run.model)
+    others,model = [load_questions(name) for name in questions],load_model(run.model) # what can't be had is said at once
     seen = _surprise(run, model, watch)
-    standings,leaks = _questions(run, model, seen.counter, questions, watch)
+    standings,leaks = _questions(run, model, seen.counter, others, watch)
     rows = [*seen.rows, *task_rows(standings), *leaks, *_writing(run, model, watch)]
     for row in rows: row["seed"] = run.seed
     _write_lines(run.results, rows)

@@ -755,6 +755,13 @@ def test_questions_of_others_stand_beside_baselines_and_leaks(finished, tmp_path
     assert seen.report.read_text().count("<svg") == 4
 
 
+def test_a_set_of_questions_that_is_not_there_is_told_before_anything_is_measured(finished, tmp_path, monkeypatch):
+    shutil.copytree(finished, tmp_path/"run")
+    monkeypatch.setattr(pipeline, "_surprise", lambda *args: pytest.fail("measured first"))
+    status, _, err = call("evaluate", "--run", tmp_path/"run", "--questions", "poems")
+    assert status == 2 and "there is no set of questions poems: give one of BoolQ" in err and len(err.strip().splitlines()) == 1
+
+
 # --- tuned for a task ------------------------------------------------------------------------------------------------------
 
 @pytest.fixture(scope="module")
