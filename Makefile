@@ -11,7 +11,7 @@ run: $(VENV)/.library ## train a model from scratch and write its scorecard, abo
 	$(BIN)/llm-scratch run --preset cpu $(ARGS)
 
 test: $(VENV)/.development machine ## every chapter, every test, the site, two hosts
-	HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false $(BIN)/python -m pytest -n 2 --dist loadgroup $(ARGS)
+	HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false $(BIN)/python -m pytest -n 2 $(ARGS)
 
 lab: $(VENV)/.development ## the chapters in JupyterLab, on 127.0.0.1
 	$(BIN)/jupyter lab --ServerApp.ip=127.0.0.1 $(shell test `id -u` = 0 && echo --allow-root) nbs/index.ipynb $(ARGS)

@@ -13,8 +13,11 @@ def same_chance():
     torch.manual_seed(0)
 
 
-@pytest.hookimpl(tryfirst=True)
-def pytest_collection_modifyitems(items):
-    "The tests of a file share one process, and with it what they have prepared; chapters prepare nothing, so that each goes where there is room."
-    for item in items:
-        if item.path.name != "test_chapters.py": item.add_marker(pytest.mark.xdist_group(item.path.stem))
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config, log):
+    "The tests of a file share one process, and with it what they have prepared; chapters prepare nothing, so that each goes where there is room, at the end."
+    from xdist.scheduler import LoadScopeScheduling
+
+    class ByFile(LoadScopeScheduling):
+        def _split_scope(self, nodeid): return nodeid if "test_chapters.py" in nodeid else nodeid.partition("::")[0]
+    return ByFile(config, log)
