@@ -28,7 +28,7 @@ from torch import nn
 from .core import UserError
 from .data import Source, fetch
 from .engines import Engine
-from .evaluation import Result, mean_of
+from .evaluation import Result, mean_of, target_nats
 from .finetuning import Sample, answer_nats, pad_right
 from .preference import Judge, Pair
 from .pretraining import Step, TrainState, apply_gradients
@@ -52,8 +52,7 @@ def answer_logps(
     engine:Engine|None=None, # whose model it is; None: one process
 )->torch.Tensor: # `(B,)` nats, at most 0, with gradients
     "Log-probability of each whole answer, given its prompt."
-    logits_BTV = (engine or Engine()).forward(model, ids_BT).float()
-    return -F.cross_entropy(logits_BTV.flatten(0, 1), targets_BT.flatten(), ignore_index=-1, reduction="none").view_as(targets_BT).sum(1)
+    return -target_nats((engine or Engine()).forward(model, ids_BT), targets_BT).sum(1)
 
 # %% ../nbs/08h_alignment.ipynb #08h021
 class Preference(NamedTuple):

@@ -28,9 +28,10 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
+from .bridge import load_questions
 from .core import UserError, atomic_path, read_json, write_json
-from .data import SOURCES, Document, Source, fetch, read_source
-from .evaluation import Result, mean_of, share_of
+from .data import Document, Source, fetch, read_source
+from .evaluation import Result, by_length, mean_of, share_of
 from .finetuning import Sample, marked, pack_samples
 from .generation import stream
 from .interchange import load_hf, load_special_ids, save_hf
@@ -78,17 +79,6 @@ def render_chat(
     "What `apply_chat_template` makes of a dialogue; `UserError` when roles are out of order or a message is empty."
     return _compiled(template)(messages=[dict(m) for m in messages], add_generation_prompt=add_generation_prompt)
 
-# %% ../nbs/08g_assistant.ipynb #08gspecials
-def _special_ids(tok:Tokenizer|HubTokenizer)->dict[str, int]: # name to id
-    return {t.content:i for i,t in tok.hub.get_added_tokens_decoder().items() if t.special} if isinstance(tok, HubTokenizer) else tok.special_ids
-
-def _ordinary(tok:Tokenizer|HubTokenizer, text:str)->list[int]:
-    "Ids of a text in which the spelling of a special token is just letters."
-    if not isinstance(tok, HubTokenizer): return tok.encode(text)
-    tok.hub.encode_special_tokens = True
-    try: return tok.encode(text)
-    finally: tok.hub.encode_special_tokens = False
-
 # %% ../nbs/08g_assistant.ipynb #08gencode
 class Encoded(NamedTuple):
     "A dialogue as ids."
@@ -105,15 +95,15 @@ def encode_chat(
 )->Encoded: # ids, and which of them are to be learned
     "Special ids come from the template alone: what people write is ordinary text, whatever it looks like."
     render_chat(messages, add_generation_prompt, template) # it may complain
-    special_ids = _special_ids(tok)
+    special_ids = tok.special_ids
     shell = render_chat([m | dict(content=f"\ue000{i}\ue001") for i,m in enumerate(messages)], add_generation_prompt, template)
     if lost := [name for name in re.findall(r"<\|\w+\|>", shell) if name not in special_ids]: raise UserError(f"the tokenizer has no special token {lost[0]}, which the chat template uses: add it with add_tokens")
     ids,is_answer,speaks = [],[],False
     for part in re.split(f"({'|'.join([_HOLE.pattern.replace('(', '(?:'), *map(re.escape, special_ids)])})", shell):
         if hole := _HOLE.fullmatch(part):
             message = messages[int(hole[1])]
-            new,speaks = _ordinary(tok, message["content"].strip()),message["role"] == "assistant"
-        else: new = [special_ids[part]] if part in special_ids else _ordinary(tok, part)
+            new,speaks = tok.encode_ordinary(message["content"].strip()),message["role"] == "assistant"
+        else: new = [special_ids[part]] if part in special_ids else tok.encode_ordinary(part)
         ids += new
         is_answer += [speaks and (bool(hole) or part in special_ids)]*len(new)
         if part in special_ids: speaks = False
@@ -138,7 +128,7 @@ def end_id(
     "The id with which the assistant ends its turn."
     ids,is_answer = encode_chat(tok, _PROBE, template=template)
     last = max(i for i,yes in enumerate(is_answer) if yes)
-    if ids[last] not in _special_ids(tok).values(): raise UserError("the chat template ends an answer without a special token: the model could not say that it has ended")
+    if ids[last] not in tok.special_ids.values(): raise UserError("the chat template ends an answer without a special token: the model could not say that it has ended")
     return ids[last]
 
 # %% ../nbs/08g_assistant.ipynb #08gmean
@@ -160,7 +150,7 @@ def add_tokens(
     names:Iterable[str]=("<|im_start|>", "<|im_end|>"), # special tokens; those that are there already are left alone
 )->tuple[nn.Module, Tokenizer]: # both with the new tokens, which get the next free ids
     "A copy with more rows, old ones untouched; rows that padding had left free are used first."
-    if isinstance(tok, HubTokenizer): raise UserError(f"the tokenizer of an imported model stays as it is: give a chat template made of the special tokens that it has ({', '.join(_special_ids(tok))})")
+    if isinstance(tok, HubTokenizer): raise UserError(f"the tokenizer of an imported model stays as it is: give a chat template made of the special tokens that it has ({', '.join(tok.special_ids)})")
     new = [name for name in dict.fromkeys(names) if name not in tok.special_ids]
     grown,bigger,n_old = deepcopy(model),Tokenizer(tok.merges, (*tok.specials, *new)),model.cfg.vocab_size
     n_rows = max(n_old, bigger.vocab_size)
@@ -238,11 +228,7 @@ def parable_dialogues(
 def read_morals()->dict[str, str]: # story to moral
     "The right one of five morals for each story of the source `parables`, each story once."
     found = {}
-    with zipfile.ZipFile(fetch(SOURCES["parables"])) as wheel: lines = wheel.read("evals/registry/data/parable-to-moral-match/parable-to-moral-match-en.jsonl").decode("utf-8").splitlines()
-    for row in map(json.loads, lines):
-        story,_,rest = row["input"][1]["content"].partition("\nWhich moral")
-        options = dict(re.findall(r"\b([A-E])\) (.*?)(?=\s*(?:[B-E]\) |\n))", rest, re.S))
-        if moral := options.get(row["ideal"][0][-1], "").strip(" ."): found.setdefault(story.strip(), f"{moral}.")
+    for doc in load_questions("morals").docs: found.setdefault(doc["parable"], doc["choices"][doc["target"]].strip(" .")+".")
     return found
 
 # %% ../nbs/08g_assistant.ipynb #08gsmalltalk
@@ -413,11 +399,11 @@ def save_assistant(
     template:str=CHAT_TEMPLATE, # Jinja, put into `tokenizer_config.json`
 )->Path: # the folder
     "Write a folder that `open_assistant` and `transformers` open, chat template and all."
-    end,eot,name = end_id(tok, check_template(template)),tok.eot_id,{i:n for n,i in _special_ids(tok).items()}
+    end,eot,name = end_id(tok, check_template(template)),tok.eot_id,{i:n for n,i in tok.special_ids.items()}
     config = dict(tokenizer_class="PreTrainedTokenizerFast", bos_token=name[eot], eos_token=name[end], pad_token=name[eot], clean_up_tokenization_spaces=False, chat_template=template)
     with atomic_path(folder) as new:
         save_hf(model, new, special_ids=dict(bos_token_id=eot, eos_token_id=[end, eot], pad_token_id=eot))
-        write_json(new/"tokenizer.json", json.loads(tok.hub.to_str()) if isinstance(tok, HubTokenizer) else to_tokenizers_json(tok))
+        write_json(new/"tokenizer.json", tok.to_json() if isinstance(tok, HubTokenizer) else to_tokenizers_json(tok))
         write_json(new/"tokenizer_config.json", config)
     return Path(folder)
 
@@ -493,9 +479,7 @@ def answer_all(
     most,stop = model.cfg.context_len-max_new_tokens,{end_id(tok, template), tok.eot_id}
     asked = [encode_chat(tok, d.messages[:-1], True, template).ids[-most:] for d in dialogues]
     out = [None]*len(asked)
-    order = sorted(range(len(asked)), key=lambda i: len(asked[i]))
-    for at in range(0, len(order), batch_size):
-        some = order[at:at+batch_size]
+    for some in by_length([len(ids) for ids in asked], batch_size):
         ids_BT = torch.stack(list(stream(model, [asked[i] for i in some], max_new_tokens, stops=[[i] for i in stop], **(sampling or dict(temperature=0)))), 1)
         for i,row in zip(some, ids_BT.tolist()):
             n = next((k for k,x in enumerate(row) if x in stop), len(row))

@@ -20,6 +20,7 @@ from torch import nn
 from .architecture import Attention, Block, Decoder, ModelConfig
 from .core import UserError
 from .curriculum import Batchlike
+from .evaluation import by_length
 from .finetuning import Sample, TuningBatches, completion
 from .generation import PaddedCache, generate, pad_left
 from .tasks import mask_tokens
@@ -85,9 +86,8 @@ def label_nats(
     T = max(map(len, task.answers))
     ids_CT = torch.tensor([[*a, *[a[-1]]*(T-len(a))] for a in task.answers], device=device)
     counts_CT = torch.tensor([[1]*len(a) + [0]*(T-len(a)) for a in task.answers], device=device, dtype=torch.float64)
-    nats,order = np.zeros((len(texts), C)),sorted(range(len(texts)), key=lambda i: len(texts[i]))
-    for at in range(0, len(order), batch_size):
-        some = order[at:at+batch_size]
+    nats = np.zeros((len(texts), C))
+    for some in by_length([len(t) for t in texts], batch_size):
         prompt_BT,n_pad_B = pad_left([task.prompt(texts[i]) for i in some], device)
         cache = PaddedCache(model.cfg, n_pad_B, prompt_BT.shape[1]+T, device=device, dtype=model.embed_tokens.weight.dtype)
         first_BV = model(prompt_BT, cache)[:,-1].double().log_softmax(-1)
@@ -249,9 +249,8 @@ def class_scores(
     batch_size:int=32, # texts at once
 )->np.ndarray: # `(N,C)` float64, log-probabilities
     "What a classifier says of texts."
-    device,out,order = model.head.weight.device,[None]*len(texts),sorted(range(len(texts)), key=lambda i: len(texts[i]))
-    for at in range(0, len(order), batch_size):
-        some = order[at:at+batch_size]
+    device,out = model.head.weight.device,[None]*len(texts)
+    for some in by_length([len(t) for t in texts], batch_size):
         T = min(context_len, len(texts[some[-1]]))
         ids_BT = torch.tensor([[*texts[i][:T], *[model.pad_id]*(T-len(texts[i]))] for i in some], device=device)
         for i,row in zip(some, model(ids_BT)[:,0].double().log_softmax(-1).cpu().numpy()): out[i] = row

@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['LONGEST', 'HEADINGS', 'CLASSES_18', 'CORE_14', 'Method', 'KEYWORDS', 'MINILM', 'Agreement', 'family_of',
            'read_agreements', 'split_headings', 'label_of', 'Clause', 'read_clauses', 'merge_clauses', 'load_clauses',
-           'of_classes', 'is_test', 'group_folds', 'confusion', 'macro_f1', 'accuracy', 'Scores', 'cross_validate',
-           'draw_labels', 'majority', 'keyword_rules', 'tfidf_svm', 'tfidf_logistic', 'load_minilm', 'embed_texts',
-           'frozen_encoder']
+           'of_classes', 'is_test', 'group_folds', 'frozen_split', 'confusion', 'macro_f1', 'accuracy', 'Scores',
+           'cross_validate', 'draw_labels', 'majority', 'keyword_rules', 'tfidf_svm', 'tfidf_logistic', 'load_minilm',
+           'embed_texts', 'frozen_encoder']
 
 # %% ../nbs/08e_clauses.ipynb #c8e004
 import hashlib
@@ -27,7 +27,7 @@ from .comparison import resamples
 from .core import UserError, optional_package
 from .data import SOURCES, Source, fetch
 from .duplicates import MinHashing, duplicate_of, signatures, text_keys
-from .evaluation import Result, mean_of
+from .evaluation import Result, by_length, mean_of
 
 # %% ../nbs/08e_clauses.ipynb #c8e010
 class Agreement(NamedTuple):
@@ -193,6 +193,15 @@ def group_folds(
         if k < n: raise UserError(f"the class {name} has clauses of {k} families, and {n} folds need one each: give fewer folds, or leave it out")
     for k,(_,held) in enumerate(splitter.split(labels, labels, families)): fold[held] = k
     return fold
+
+# %% ../nbs/08e_clauses.ipynb #c8e050s2
+def frozen_split(
+    classes:Sequence[str]=CORE_14, # labels to keep
+)->tuple[list[Clause], list[Clause]]: # to learn from; to be judged by
+    "Labelled clauses of training families, and those of test families that stand in no other."
+    every = read_clauses()
+    family,labelled = {c.id:c.family for c in every},of_classes(merge_clauses(every), classes)
+    return [c for c in labelled if not is_test(c.family)],[c for c in labelled if is_test(c.family) and all(is_test(family[i]) for i in c.copies)]
 
 # %% ../nbs/08e_clauses.ipynb #c8e060
 def confusion(
@@ -382,9 +391,8 @@ def embed_texts(
     batch_size:int=32, # texts at once, of similar length
 )->np.ndarray: # `(n,D)` float32 of length 1
     "What an encoder makes of texts: the mean over its tokens (Reimers & Gurevych 2019, section 3)."
-    out,order = [None]*len(texts),sorted(range(len(texts)), key=lambda i: len(texts[i]))
-    for at in range(0, len(order), batch_size):
-        some = order[at:at+batch_size]
+    out = [None]*len(texts)
+    for some in by_length([len(t) for t in texts], batch_size):
         batch = tokenizer([texts[i] for i in some], padding=True, truncation=True, max_length=longest, return_tensors="pt")
         real = batch["attention_mask"][...,None]
         mean = (model(**batch).last_hidden_state*real).sum(1)/real.sum(1)

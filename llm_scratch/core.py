@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['UserError', 'optional_package', 'sync', 'discard', 'atomic_path', 'write_json', 'read_json', 'sha256_file',
-           'check_files', 'seal', 'check_seal']
+           'check_files', 'seal', 'check_seal', 'markdown_table']
 
 # %% ../nbs/00_core.ipynb #d95e3809
 import hashlib
@@ -126,3 +126,12 @@ def check_seal(
     if not (isinstance(digests, dict) and digests and digests.keys() >= set(names)): raise UserError(f"{folder/'manifest.json'} is not of llm_scratch {kind}: {remedy}")
     check_files(folder, digests, "manifest.json", remedy)
     return list(digests)
+
+# %% ../nbs/00_core.ipynb #c0e0b002
+def markdown_table(
+    head:Iterable[str], # of each column
+    rows:Iterable[Iterable[str]], # as many texts each, without `|` and ends of lines
+)->str: # without an end of line behind it
+    "A table as Markdown has it."
+    head = list(head)
+    return "\n".join("| "+" | ".join(row)+" |" for row in [head, ["---"]*len(head), *rows])

@@ -23,7 +23,7 @@ from pathlib import Path
 import numpy as np
 
 from .cleaning import plot_waterfall
-from .core import UserError, atomic_path, check_seal, read_json, seal, write_json
+from .core import UserError, atomic_path, check_seal, markdown_table, read_json, seal, write_json
 from .data import Document, credit, to_documents, to_table
 from .duplicates import MinHashing, duplicate_of, signatures, stack_arrays, text_keys
 from .sources import HUB, Drop, Report, Stage, Stream, Tally, apply_stages, stage_name
@@ -187,7 +187,7 @@ def _sources(report:Report)->list[tuple[str, int, int, int, int]]: # name, docum
 
 def _table(head:list[str], rows:Iterable[Iterable[object]])->list[str]:
     cell = lambda x: f"{x:,}" if isinstance(x, int) else f"{x:.2f}" if isinstance(x, float) else str(x).replace("|", "\\|").replace("\n", " ")
-    return ["| " + " | ".join(map(cell, row)) + " |" for row in [head, ["---"]*len(head), *rows]] + [""]
+    return [markdown_table(map(cell, head), (map(cell, row) for row in rows)), ""]
 
 def _credit(name:str)->str:
     recipe = HUB.get(name.removeprefix("hub:")) if name.startswith("hub:") else None

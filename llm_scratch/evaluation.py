@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['Result', 'mean_of', 'share_of', 'half_width', 'Difference', 'paired_difference', 'holm', 'ratio_of', 'bits_per_byte',
-           'score_windows', 'window_batch', 'token_nats', 'NGram', 'train_ngram', 'looks_like_recipe', 'counts_steps']
+           'score_windows', 'window_batch', 'by_length', 'target_nats', 'token_nats', 'NGram', 'train_ngram',
+           'looks_like_recipe', 'counts_steps']
 
 # %% ../nbs/07_evaluation.ipynb #f15a3776
 import math
@@ -149,6 +150,22 @@ def window_batch(windows:list[tuple], docs:list[np.ndarray])->tuple[torch.Tensor
         targets_BT[row,first-1-start:end-1-start] = torch.from_numpy(docs[i][first:end])
     return ids_BT,targets_BT
 
+# %% ../nbs/07_evaluation.ipynb #e7b1e001
+def by_length(
+    lengths:Sequence[int], # of texts, say
+    batch_size:int, # of them at once
+)->Iterator[list[int]]: # their numbers; within a batch and from batch to batch the lengths rise
+    "Batches that waste little on filling up: what is about as long goes together."
+    order = sorted(range(len(lengths)), key=lambda i: lengths[i])
+    for at in range(0, len(order), batch_size): yield order[at:at+batch_size]
+
+def target_nats(
+    logits_BTV:torch.Tensor, # scores, of any precision
+    targets_BT:torch.Tensor, # the ids that came, -1 for what is not scored
+)->torch.Tensor: # `(B,T)` float32 nats, 0 where nothing is scored; gradients pass
+    "How surprising each target is."
+    return F.cross_entropy(logits_BTV.float().flatten(0, 1), targets_BT.flatten(), ignore_index=-1, reduction="none").view_as(targets_BT)
+
 # %% ../nbs/07_evaluation.ipynb #c4725cf6
 @torch.no_grad()
 def token_nats(
@@ -161,12 +178,10 @@ def token_nats(
     docs = [np.asarray(doc, dtype=np.int64) for doc in docs]
     nats,device = [np.zeros(len(doc[1:])) for doc in docs],next(model.parameters()).device
     windows = [(i, *w) for i,doc in enumerate(docs) for w in score_windows(len(doc), model.cfg.context_len)]
-    windows.sort(key=lambda w: w[3]-w[1])
-    for at in range(0, len(windows), batch_size):
-        some = windows[at:at+batch_size]
+    for at in by_length([w[3]-w[1] for w in windows], batch_size):
+        some = [windows[k] for k in at]
         ids_BT,targets_BT = window_batch(some, docs)
-        logits_BTV = model(ids_BT.to(device)).float()
-        nats_BT = F.cross_entropy(logits_BTV.flatten(0, 1), targets_BT.flatten().to(device), ignore_index=-1, reduction="none").view_as(targets_BT).double().cpu()
+        nats_BT = target_nats(model(ids_BT.to(device)), targets_BT.to(device)).double().cpu()
         for (i,_,first,end),row,targets in zip(some, nats_BT, targets_BT): nats[i][first-1:end-1] = row[targets != -1]
     return nats
 

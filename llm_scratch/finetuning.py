@@ -22,9 +22,9 @@ from .checkpointing import snapshot
 from .core import UserError
 from .curriculum import Batchlike
 from .epochs import EarlyStop
-from .evaluation import Result, ratio_of
+from .evaluation import Result, by_length, ratio_of, target_nats
 from .packing import PackedBatches
-from .pretraining import Step, TrainState, make_optimizers, train
+from .pretraining import TrainState, make_optimizers, train
 
 # %% ../nbs/08_finetuning.ipynb #f8completion
 Sample = tuple[list[int], list[int]] # ids, and the id that should follow each, -1 where nothing is to be learnt
@@ -141,12 +141,9 @@ def answer_nats(
     "How surprised the model is by each answer, given its prompt."
     if not len(samples): raise UserError("there are 0 samples: give at least 1 to score")
     nats,device = np.zeros(len(samples)),next(model.parameters()).device
-    order = sorted(range(len(samples)), key=lambda i: len(samples[i][0]))
-    for at in range(0, len(order), batch_size):
-        some = order[at:at+batch_size]
+    for some in by_length([len(ids) for ids,_ in samples], batch_size):
         ids_BT,targets_BT = pad_right([samples[i] for i in some])
-        logits_BTV = model(ids_BT.to(device)).float()
-        nats_BT = F.cross_entropy(logits_BTV.flatten(0, 1), targets_BT.flatten().to(device), ignore_index=-1, reduction="none").view_as(targets_BT)
+        nats_BT = target_nats(model(ids_BT.to(device)), targets_BT.to(device))
         nats[some] = nats_BT.double().sum(1).cpu().numpy()
     if hasattr(model, "reshard"): model.reshard() # FSDP2 would keep its outermost weights whole, until a backward pass
     return nats,np.array([sum(t != -1 for t in targets) for _,targets in samples])

@@ -23,7 +23,8 @@ import numpy as np
 import torch
 from torch import nn
 
-from .evaluation import NGram, Result, looks_like_recipe, mean_of, share_of, token_nats
+from .core import markdown_table
+from .evaluation import NGram, Result, by_length, looks_like_recipe, mean_of, share_of, token_nats
 from .generation import stream
 
 # %% ../nbs/07c_harness.ipynb #7c00000a
@@ -260,9 +261,9 @@ def is_greedy(
     "Would the model, at its most likely, write exactly these answers?"
     T,model = scorer.model.cfg.context_len,scorer.model
     rows,n = _rows(scorer.tok, pairs, T)
-    out,order = [False]*len(rows),sorted((i for i in range(len(rows)) if n[i] <= T), key=lambda i: len(rows[i])) # longer ones it can't write
-    for at in range(0, len(order), scorer.batch_size):
-        some = order[at:at+scorer.batch_size]
+    out,fit = [False]*len(rows),[i for i in range(len(rows)) if n[i] <= T] # longer ones it can't write
+    for at in by_length([len(rows[i]) for i in fit], scorer.batch_size):
+        some = [fit[k] for k in at]
         ids_BT = torch.nn.utils.rnn.pad_sequence([torch.tensor(rows[i]) for i in some], batch_first=True)
         with torch.no_grad(): best_BT = model(ids_BT[:,:-1].to(next(model.parameters()).device)).argmax(-1).cpu()
         for i,ids,best in zip(some, ids_BT, best_BT): out[i] = bool((ids[1:] == best)[len(rows[i])-1-n[i]:len(rows[i])-1].all())
@@ -361,7 +362,7 @@ def standings_table(
     short = lambda r: f"{r.mean:.2f} ± {r.stderr:.2f}"
     rows = [[s.task, str(s.result.n), short(s.result), *(short(s.rivals[name]) if name in s.rivals else "–" for name in rivals), f"{s.gain.mean:+.2f} ± {s.gain.stderr:.2f}, {s.verdict}"] for s in standings]
     head = ["task", "n", "model", *rivals, "over the best rival"]
-    return "\n".join("| "+" | ".join(row)+" |" for row in [head, ["---"]*len(head), *rows])
+    return markdown_table(head, rows)
 
 # %% ../nbs/07c_harness.ipynb #7c000033
 _PLAIN = re.compile(r"[A-Z][A-Za-z ,'-]+\.")

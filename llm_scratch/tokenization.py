@@ -90,6 +90,12 @@ class Vocabulary:
     def vocab_size(self)->int: # `V`
         return len(self.token_bytes)
 
+    def encode_ordinary(self,
+        text:str, # any; the spelling of a special token is just letters
+    )->list[int]: # ids, none of them special
+        "Text that somebody typed, to ids."
+        return self.encode(text)
+
     def decode_bytes(self,
         ids:Iterable[int], # any, in any order
     )->bytes: # may begin or end within a character
@@ -239,6 +245,19 @@ class HubTokenizer(Vocabulary):
         byte,added = {c:b for b,c in enumerate(_stand_ins())},{t["content"] for t in saved["added_tokens"]}
         of_id = {i:t.encode("utf-8") if t in added else bytes(byte[c] for c in t) for t,i in self.hub.get_vocab().items()}
         self.token_bytes = [of_id.get(i, b"") for i in range(max(of_id)+1)] # of every id, nothing where there is a gap
+
+    @property
+    def special_ids(self)->dict[str, int]: # name to id
+        return {t.content:i for i,t in self.hub.get_added_tokens_decoder().items() if t.special}
+
+    def to_json(self)->dict: # what `tokenizer.json` holds
+        "The tokenizer as the `tokenizers` library writes it."
+        return json.loads(self.hub.to_str())
+
+    def encode_ordinary(self, text:str)->list[int]: # see `Vocabulary`
+        self.hub.encode_special_tokens = True
+        try: return self.encode(text)
+        finally: self.hub.encode_special_tokens = False
 
     def encode(self,
         text:str, # any; the spelling of a special token is that token

@@ -310,7 +310,7 @@ def save_any(
 )->Path: # the folder
     "Write a folder that `load_any`, `tokenizers` and `transformers.AutoTokenizer` open."
     if isinstance(tok, Tokenizer): return save_tokenizer(tok, folder)
-    if isinstance(tok, HubTokenizer): saved,end,kind = json.loads(tok.hub.to_str()),tok.hub.id_to_token(tok.eot_id),dict(kind="hub", eot_id=tok.eot_id, start_id=tok.start_id)
+    if isinstance(tok, HubTokenizer): saved,end,kind = tok.to_json(),tok.hub.id_to_token(tok.eot_id),dict(kind="hub", eot_id=tok.eot_id, start_id=tok.start_id)
     elif isinstance(tok, PieceTokenizer): saved,end,kind = tok.to_json(),tok.specials[0],dict(kind=type(tok).__name__)
     else: raise UserError(f"{type(tok).__name__} has no form in tokenizer.json: give a Tokenizer, WordPieceTokenizer, UnigramTokenizer or HubTokenizer")
     config = dict(tokenizer_class="PreTrainedTokenizerFast", bos_token=end, eos_token=end, pad_token=end, clean_up_tokenization_spaces=False, llm_scratch=kind) | (dict(unk_token=UNK) if isinstance(tok, PieceTokenizer) else {})

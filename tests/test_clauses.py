@@ -378,3 +378,15 @@ def test_the_record_is_whole():
         assert {(len(s["folds"]), len(s["test"])) for s in task["said"].values()} == {(task["n_dev"], task["n_test"])}
         assert set(task["said"]) == {"majority", "keywords", "svm", "svm_chars", "logistic", "names", "encoder"} and set(task["curve"]) == {"svm", "encoder"}
         assert {len(r["accuracy"]) for rows in task["curve"].values() for r in rows} == {5}
+
+
+def test_no_clause_that_is_asked_stands_in_a_family_that_is_learnt(monkeypatch):
+    from llm_scratch import clauses
+    text = lambda i: " ".join(f"word{i}x{j}" for j in range(40))
+    make = lambda i, family, label="warranty": Clause(text(i), "H", label, family, f"{family}/{i}")
+    test, train = next(f for f in map(str, range(99)) if clauses.is_test(f)), next(f for f in map(str, range(99)) if not clauses.is_test(f))
+    every = [make(0, test), make(1, test), make(1, train), make(2, train), make(3, test, "termination"), make(4, train, "termination")]
+    every[1] = every[1]._replace(text=every[1].text + " and")  # the longer one stands for both, and is of a test family
+    monkeypatch.setattr(clauses, "read_clauses", lambda: every)
+    seen, held = clauses.frozen_split(("warranty", "termination"))
+    assert [c.id for c in held] == [f"{test}/0", f"{test}/3"] and {c.family for c in seen} == {train}

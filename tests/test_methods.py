@@ -89,15 +89,3 @@ def test_the_table_has_a_row_for_each_and_the_gate_sees_the_first(tried):
 def test_labels_that_lack_or_are_strange_are_named():
     with pytest.raises(UserError, match="class termination has 0"): label_samples(TASK, TOK, CLAUSES[:3][:0] + [c for c in CLAUSES if c.label != "termination"])
     with pytest.raises(UserError, match="poetry"): label_samples(TASK, TOK, [CLAUSES[0]._replace(label="poetry"), *CLAUSES])
-
-
-def test_no_clause_that_is_asked_stands_in_a_family_that_is_learnt(monkeypatch):
-    from llm_scratch import methods
-    text = lambda i: " ".join(f"word{i}x{j}" for j in range(40))
-    make = lambda i, family, label="warranty": Clause(text(i), "H", label, family, f"{family}/{i}")
-    test, train = next(f for f in map(str, range(99)) if methods.is_test(f)), next(f for f in map(str, range(99)) if not methods.is_test(f))
-    every = [make(0, test), make(1, test), make(1, train), make(2, train), make(3, test, "termination"), make(4, train, "termination")]
-    every[1] = every[1]._replace(text=every[1].text + " and")  # the longer one stands for both, and is of a test family
-    monkeypatch.setattr(methods, "read_clauses", lambda: every)
-    seen, held = methods.frozen_split(("warranty", "termination"))
-    assert [c.id for c in held] == [f"{test}/0", f"{test}/3"] and {c.family for c in seen} == {train}

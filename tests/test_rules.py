@@ -61,7 +61,7 @@ MAY_IMPORT = {
     "perplexity": {"architecture", "evaluation", "generation"},
     "metrics": {"core", "architecture", "epochs", "evaluation"},  # epochs: what a model recites
     "preference": {"core", "evaluation"},
-    "harness": {"evaluation", "generation"},
+    "harness": {"core", "evaluation", "generation"},
     "bridge": {"core", "data", "duplicates", "evaluation", "harness"},  # questions of others, and whether the training text has seen them
     "report": {"core", "architecture", "objectives", "evaluation", "comparison", "perplexity", "metrics", "harness"},  # objectives: whose promises are checked
     "finetuning": {"core", "checkpointing", "curriculum", "epochs", "evaluation", "packing", "pretraining"},
@@ -70,8 +70,8 @@ MAY_IMPORT = {
     "prompting": {"core", "architecture", "lora"},  # lora: the hash of a base
     "footprint": {"core", "architecture", "planning", "lora", "qlora", "prompting"},
     "clauses": {"core", "comparison", "data", "duplicates", "evaluation"},
-    "classification": {"core", "architecture", "curriculum", "finetuning", "generation", "tasks", "tokenization"},
-    "assistant": {"core", "data", "evaluation", "finetuning", "generation", "interchange", "packing", "pretraining", "tokenization"},  # a chapter that joins many: text, ids, model and training meet
+    "classification": {"core", "architecture", "curriculum", "evaluation", "finetuning", "generation", "tasks", "tokenization"},
+    "assistant": {"core", "bridge", "data", "evaluation", "finetuning", "generation", "interchange", "packing", "pretraining", "tokenization"},  # a chapter that joins many: text, ids, model and training meet
     "alignment": {"core", "data", "engines", "evaluation", "finetuning", "preference", "pretraining"},
     "reinforcement": {"core", "engines", "evaluation", "finetuning", "generation", "pretraining"},
     "methods": {"core", "architecture", "classification", "clauses", "evaluation", "finetuning", "footprint", "lora", "pretraining", "prompting", "qlora", "report", "tokenization"},  # side by side is its point
