@@ -1222,6 +1222,7 @@ def import_gguf(
         write_json(new/"tokenizer.json", tokenizer)
         texts = {t["id"]:t["content"] for t in tokenizer["added_tokens"]}
         named = {name.removesuffix("_id"):texts[id] for name,id in special_ids.items() if id in texts}
+        if template := fields.get("tokenizer.chat_template"): named["chat_template"] = template # of those who tuned it for dialogues
         write_json(new/"tokenizer_config.json", dict(tokenizer_class="PreTrainedTokenizerFast", clean_up_tokenization_spaces=False) | named)
     return model
 
