@@ -1,8 +1,11 @@
 "What every test begins with."
+import os
 import signal
 
-import pytest
-import torch
+os.environ.setdefault("OMP_NUM_THREADS", "1") # each of pytest's processes has one core: two threads that wait for each other while the other process works cost eight times as much
+
+import pytest  # noqa: E402
+import torch  # noqa: E402
 
 signal.signal(signal.SIGINT, signal.default_int_handler) # a shell that starts us in the background has it ignored, and our children would too
 
