@@ -188,6 +188,7 @@ def save_gguf(
     dtype:str="f16", # of the matrices: f32, f16, bf16, q8_0, q5_1 or q4_1
     name:str="llm_scratch", # what the model is called
     eot:str="<|endoftext|>", # stands before every text and ends it
+    template:str|None=None, # Jinja, of a model that was made for dialogues
 )->Path: # the file
     "Write a model and its vocabulary as one file that llama.cpp and Ollama open."
     if dtype not in _DTYPES: raise ValueError(f"dtype={dtype!r} is none of {', '.join(_DTYPES)}")
@@ -200,6 +201,7 @@ def save_gguf(
         w.add_file_type(gguf.LlamaFileType["ALL_F32" if dtype == "f32" else f"MOSTLY_{dtype.upper()}"])
         for key,value in _facts(model.cfg, arch).items(): (w.add_float32 if isinstance(value, float) else w.add_uint32)(key, value)
         w.add_tokenizer_model("gpt2"); w.add_tokenizer_pre(_split_name(saved)); w.add_add_bos_token(True)
+        if template: w.add_chat_template(template)
         for key,value in tokens.items(): (w.add_array if isinstance(value, list) else w.add_uint32)(f"tokenizer.ggml.{key}", value)
         for key,(packed,kind) in tensors.items(): w.add_tensor(key, packed, raw_dtype=kind)
         for step in (w.write_header_to_file, w.write_kv_data_to_file, w.write_tensors_to_file, w.close): step()

@@ -9,7 +9,7 @@ __all__ = ['PRESETS', 'BRIEFS', 'IMPORT', 'Watch', 'CLEANING', 'JUDGES', 'MOST_R
            'free_bytes', 'pretrain', 'model_card', 'save_pretrained', 'write_texts', 'read_results', 'evaluate_run',
            'run_verdicts', 'scorecard', 'save_scorecard', 'save_report', 'stream_text', 'main', 'tune_clauses',
            'tune_chat', 'prefer_chat', 'preset_plan', 'preset_rows', 'is_imported', 'import_hf', 'import_gguf',
-           'open_imported', 'export_hf', 'export_gguf']
+           'open_imported', 'export_hf', 'export_gguf', 'find_assistant']
 
 # %% ../nbs/12_pipeline.ipynb #0e203540
 import codecs
@@ -39,7 +39,7 @@ from torch import nn
 
 from .architecture import Decoder, ModelConfig, init_weights, load_model, n_params, save_model, training_flops_per_token
 from .alignment import PreferenceBatches, corrupt, fewer_flaws, pair_samples, reference_logps, steps_of_answer, tune_dpo, win_rate
-from .assistant import Assistant, Dialogue, add_tokens, answer_all, ask, book_dialogues, chain_dialogues, chat_samples, end_id, fact_score, form_score, given_dialogues, luck_score, mix_dialogues, open_assistant, reply, save_assistant, set_mean_rows, split_by_title, tune_assistant
+from .assistant import Assistant, Dialogue, add_tokens, answer_all, ask, book_dialogues, chain_dialogues, chat_samples, end_id, fact_score, form_score, given_dialogues, luck_score, mix_dialogues, open_assistant, read_template, reply, save_assistant, set_mean_rows, split_by_title, tune_assistant
 from .backward import quick_products, quick_training
 from .classification import label_choice, label_task
 from .clauses import CORE_14, family_of, frozen_split, is_test, keyword_rules, majority, tfidf_svm
@@ -1260,6 +1260,8 @@ def export_hf(
     return Path(target)
 
 # %% ../nbs/12_pipeline.ipynb #95dc64e5
+def _template(home:Path)->str|None: return read_template(home) if (home/"tokenizer_config.json").is_file() else None # of a model that was made for dialogues
+
 def export_gguf(
     folder:str|Path, # a run directory with a decoder
     target:str|Path, # the file, replaced in one piece; a `Modelfile` for Ollama is put beside it
@@ -1271,7 +1273,7 @@ def export_gguf(
     eot = next((t["content"] for t in saved["added_tokens"] if t["id"] == special_ids.get("eos_token_id")), None)
     if not isinstance(model, Decoder): raise UserError(f"{folder} holds a model of the class {type(model).__name__}: GGUF is written for decoders")
     if eot is None: raise UserError(f"{folder} has no special token that ends a text (eos_token_id), and GGUF wants one")
-    try: save_gguf(model, saved, target, dtype=dtype, name=Path(folder).name, eot=eot)
+    try: save_gguf(model, saved, target, dtype=dtype, name=Path(folder).name, eot=eot, template=_template(home))
     except ValueError as e: raise UserError(str(e)) from None # a part or a width that GGUF does not have
     write_modelfile(target, **SAMPLING, stops=(eot,))
     return Path(target)
@@ -1337,13 +1339,22 @@ def _generate_verb(
     _write(*_open_model(run, preset), prompt.replace(r"\n", "\n"), max_new_tokens=max_new_tokens, seed=seed, temperature=temperature, top_k=top_k, top_p=top_p)
 
 # %% ../nbs/12_pipeline.ipynb #678fdc23
+def find_assistant(
+    folder:str|Path, # a run directory
+    tuned:str="chat", # which of its assistants
+)->Path|None: # a folder for `open_assistant`; None: nobody has tuned this model for dialogues
+    "The assistant of a run, or an imported model that came with a chat template."
+    home,model = Path(folder)/"tuned"/tuned,Path(folder)/"model"
+    if home.exists(): return home
+    if tuned != "chat": raise UserError(f"there is no assistant {home}: make one with `llm-scratch finetune --task chat`")
+    return model if is_imported(folder) and _template(model) else None
+
 @_verb("chat")
 def _chat_verb(run:_RunOption=None, preset:_PresetOption=None, tuned:Annotated[str, typer.Option(help="which assistant of the run, such as chat-dpo")]="chat", temperature:_Temperature=SAMPLING["temperature"], top_k:_TopK=None, top_p:_TopP=SAMPLING["top_p"])->None:
     "Talk to the assistant of a run (`finetune --task chat`), or let its model continue what you begin; an empty line ends."
     how = dict(temperature=temperature, top_k=top_k, top_p=top_p)
-    home = _home(run, preset)/"tuned"/tuned
-    if home.exists(): _talk(open_assistant(home), **how)
-    elif tuned != "chat": raise UserError(f"there is no assistant {home}: make one with `llm-scratch finetune --task chat`")
+    home = find_assistant(_home(run, preset), tuned)
+    if home: _talk(open_assistant(home), **how)
     else: _continue(*_open_model(run, preset), **how)
 
 def _talk(assistant:Assistant, **how)->None:

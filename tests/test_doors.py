@@ -7,11 +7,12 @@ import pytest
 import torch
 from test_pipeline import call, copy, finished, tree  # noqa: F401, two of them are fixtures
 
-from llm_scratch.architecture import Decoder, ModelConfig, init_weights
+from llm_scratch.architecture import Decoder, ModelConfig, init_weights, load_model
+from llm_scratch.assistant import add_tokens, save_assistant
 from llm_scratch.core import UserError
 from llm_scratch.families import Encoder, llama_block
 from llm_scratch.interchange import load_hf, load_special_ids, save_hf
-from llm_scratch.pipeline import export_hf, import_hf, open_imported, stream_text
+from llm_scratch.pipeline import export_hf, find_assistant, import_hf, open_imported, stream_text
 from llm_scratch.tokenization import HubTokenizer, load_tokenizer
 
 PROMPT = "generate", r"# Rice\n\n", "--temperature", "0", "--max-new-tokens", "9", "--run"
@@ -55,6 +56,19 @@ def somebodys(folder:Path, finished:Path, make=Decoder, **ids)->Path:
     save_hf(model, folder, special_ids=ids)
     shutil.copyfile(finished/"tokenizer"/"tokenizer.json", folder/"tokenizer.json")
     return folder
+
+
+def test_an_assistant_of_others_talks_and_stays_one_as_a_gguf(finished, tmp_path):  # noqa: F811
+    "The chat template goes along through every door; a model without one continues what is typed."
+    model, tok = add_tokens(load_model(finished/"model"), load_tokenizer(finished/"tokenizer"))
+    save_assistant(model, tok, tmp_path/"theirs")
+    for args in (["import-hf", "theirs", "--run", "run"], ["export-gguf", "theirs.gguf", "--run", "run", "--dtype", "f32"], ["import-gguf", "theirs.gguf", "--run", "again"]):
+        status, _, err = call(args[0], tmp_path/args[1], "--run", tmp_path/args[3], *args[4:])
+        assert status == 0, err
+    said = [call("chat", "--run", tmp_path/name, "--temperature", "0", typed="How do I boil rice?\n\n") for name in ("run", "again")]
+    assert said[0] == said[1] and said[0][0] == 0 and "Ask" in said[0][2]
+    assert find_assistant(tmp_path/"run") == tmp_path/"run"/"model" and find_assistant(finished) is None
+    with pytest.raises(UserError, match="chat-dpo"): find_assistant(finished, "chat-dpo")
 
 
 def test_a_llama_writes_and_has_its_own_first_and_last_id(finished, tmp_path):  # noqa: F811
