@@ -33,6 +33,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                          'llm_scratch.adversarial._in_a_temporary_home': ( 'adversarial.html#_in_a_temporary_home',
                                                                                            'llm_scratch/adversarial.py'),
                                          'llm_scratch.adversarial._in_parts': ('adversarial.html#_in_parts', 'llm_scratch/adversarial.py'),
+                                         'llm_scratch.adversarial._judge_errors': ( 'adversarial.html#_judge_errors',
+                                                                                    'llm_scratch/adversarial.py'),
                                          'llm_scratch.adversarial._judged': ('adversarial.html#_judged', 'llm_scratch/adversarial.py'),
                                          'llm_scratch.adversarial._lines_of': ('adversarial.html#_lines_of', 'llm_scratch/adversarial.py'),
                                          'llm_scratch.adversarial._obstacle': ('adversarial.html#_obstacle', 'llm_scratch/adversarial.py'),
