@@ -76,6 +76,8 @@ MAY_IMPORT = {
     "reinforcement": {"core", "engines", "evaluation", "finetuning", "generation", "pretraining"},
     "methods": {"core", "architecture", "classification", "clauses", "evaluation", "finetuning", "footprint", "lora", "pretraining", "prompting", "qlora", "report", "tokenization"},  # side by side is its point
     "safety": {"core", "assistant", "evaluation", "harness", "report"},
+    "guard": {"core", "alignment", "assistant", "bridge", "cleaning", "data", "evaluation", "objectives", "privacy", "report", "safety"},  # its parts: a word list, personal data, a classifier of prompts that earlier chapters read
+    "injection": {"core", "assistant", "data", "evaluation", "guard", "report", "safety", "text"},
     "pipeline": {"core", "objectives", "architecture", "backward", "generation", "interchange", "llamacpp", "data", "sources", "cleaning", "privacy", "curation", "duplicates", "tokenization", "fastbpe", "infrastructure", "planning", "checkpointing", "engines", "launching", "monitoring", "pretraining", "rates", "stability", "watching", "evaluation", "comparison", "perplexity", "metrics", "harness", "bridge", "report", "alignment", "assistant", "classification", "clauses", "footprint", "methods"},
 }
 HEAVY = {"datasets", "tokenizers", "matplotlib", "rich", "typer", "ipywidgets", "transformers", "evaluate", "IPython", "pandas", "nbdev", "numba", "gguf", "xllamacpp",
