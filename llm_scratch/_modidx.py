@@ -645,6 +645,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                   'llm_scratch.data.wiki_line': ('data.html#wiki_line', 'llm_scratch/data.py')},
             'llm_scratch.dialogues': { 'llm_scratch.dialogues.FactKind': ('dialogues.html#factkind', 'llm_scratch/dialogues.py'),
                                        'llm_scratch.dialogues.Script': ('dialogues.html#script', 'llm_scratch/dialogues.py'),
+                                       'llm_scratch.dialogues._able': ('dialogues.html#_able', 'llm_scratch/dialogues.py'),
                                        'llm_scratch.dialogues._aspect_notes': ('dialogues.html#_aspect_notes', 'llm_scratch/dialogues.py'),
                                        'llm_scratch.dialogues._aspect_rows': ('dialogues.html#_aspect_rows', 'llm_scratch/dialogues.py'),
                                        'llm_scratch.dialogues._between': ('dialogues.html#_between', 'llm_scratch/dialogues.py'),
