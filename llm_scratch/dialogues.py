@@ -542,7 +542,7 @@ def turns_figure(
     fig = Figure(figsize=(4.8, 2.9), layout="constrained")
     ax = fig.subplots()
     for i,(name,points) in enumerate(curves.items()):
-        x = [t*1.015**(i-len(curves)/2) for t in points] # side by side
+        x = [t*1.02**(i-(len(curves)-1)/2) for t in points] # side by side
         low,high = zip(*((max(0, r.interval[0]), min(1, r.interval[1])) for r in points.values()))
         y = [r.mean for r in points.values()]
         ax.errorbar(x, y, [[max(0, m-l) for m,l in zip(y, low)], [max(0, h-m) for m,h in zip(y, high)]], marker="o", ms=3, capsize=2, lw=1.2, label=name)
@@ -550,7 +550,7 @@ def turns_figure(
     ax.set(xscale="log", ylim=(-.03, 1.05), xlabel="turn at which one asks", ylabel=ylabel)
     ax.set_xticks(some := [t for t in ticks if t in (2, 3, 5, 10, 20, 40)] or ticks, map(str, some))
     ax.minorticks_off()
-    ax.legend(fontsize=8, frameon=False, loc="lower left")
+    ax.legend(fontsize=8, frameon=False)
     return fig
 
 # %% ../nbs/09e_dialogues.ipynb #09e111

@@ -72,7 +72,13 @@ def test_notes_hold_what_is_hidden_and_lose_their_oldest_first():
     assert notes and [f"I own {i} mills." for i in notes] == hidden[-len(notes):] and len(notes) < len(hidden)
     assert size(shown) > 300-40  # the room is used
     assert len(shown) > len(sum_up(messages, size, 300, share=.6))  # more for notes is less for turns
+    wide = [*messages[:8], says("user", "x"*90)]
+    assert sum_up(wide, size, 100) == wide[-1:]  # a long question may take the room of the notes
     assert sum_up(messages, size, 300, summary=lambda turns: []) == slide(messages, size, 225)
+
+def test_what_is_told_is_of_the_user_and_no_question():
+    said = [says("user", "Is my cat old? My cat is old. Cats are. I see"), says("assistant", "I am new. My word.")]
+    assert told_sentences(said) == ["My cat is old.", "I see"]
 
 def test_with_policy_keeps_the_order_and_says_that_it_is_full():
     long = [says("user", "x"*50), says("assistant", "y"), says("user", "z")]
@@ -84,7 +90,7 @@ def test_with_policy_keeps_the_order_and_says_that_it_is_full():
 
 def test_notes_by_a_model_hold_no_new_words():
     turns = [says("user", "I am Ada, and 41."), says("assistant", "Fine.")]
-    assert grounded(["You are Ada.", "You are 42.", "Ada is fine.", "", "!"], turns) == ["You are Ada.", "Ada is fine."]
+    assert grounded(["You are Ada.", "You are 42.", "Ada likes jazz.", "Ada is fine.", "", "!"], turns) == ["You are Ada.", "Ada is fine."]
     asked = []
     writer = Subject("w", lambda ds, n: [asked.append((ds[0], n)) or "You are Ada. You like jazz."], context=70, length=size)
     assert asked_summary(writer, 7)([*turns*5]) == ["You are Ada."]
@@ -122,7 +128,9 @@ def test_curves_and_changes():
         want = {p: min(1, 2*low) if p == low else max(min(1, 2*low), high) for p in ps}
         assert fading(some) == pytest.approx({t: want[p] for t, p in zip((5, 40), ps)})
     change = paired_change([(True, False)]*3+[(False, True)]+[(True, True)]*4)
-    assert change.mean == -.25 and change.n == 8 and change.interval[0] < -.25 < change.interval[1]
+    half = 1.96*(5 - 4/10)**.5/10  # Agresti & Min 2005: half a dialogue more in each of four cells
+    assert change.mean == -.25 and change.n == 8 and change.stderr*1.96 == pytest.approx(.05+half)
+    assert paired_change([(True, True)]*12).stderr > .05
 
 def test_the_interval_of_a_change_holds_the_truth():
     rng, inside = random.Random(1), 0
