@@ -150,22 +150,18 @@ def shadows(tok, texts:list[str], n:int, n_models:int, epochs:int)->dict:
         out[name] = dict(area=[round(float(np.mean(areas)), 4), round(float(np.std(areas, ddof=1)/n_models**.5), 4)], caught=[round(float(np.mean(caught)), 4), round(float(np.std(caught, ddof=1)/n_models**.5), 4)])
     return dict(n=n, models=n_models, epochs=epochs, rate=.02, attacks=out)
 
-def real(name:str, folder:Path, n:int, reference:Path|None)->list[dict]:
+def real(name:str, folder:Path, n:int)->list[dict]:
     "Audits of a run's base model and of the assistant tuned from it."
     splits = load_documents(folder/"documents")
     read, unread = (splits[s]["text"][:] for s in ("train", "validation"))
     model = load_hf(folder/"model").eval()
     subjects = [(f"{name}, base model", model_subject(model, load_tokenizer(folder/"tokenizer"), name))]
     if (folder/"tuned"/"chat").is_dir(): subjects.append((f"{name}, assistant", assistant_subject(open_assistant(folder/"tuned"/"chat"), name)))
-    known, out = {}, []
-    if reference: judge = model_subject(load_hf(reference).eval(), open_assistant(reference).tok, "reference", 8)
-    def nats(pairs:list)->np.ndarray: # both subjects are asked about the same texts
-        if (new := [p for p in pairs if p not in known]): known.update(zip(new, judge.nats(new)))
-        return np.array([known[p] for p in pairs])
+    out = []
     for title, subject in subjects:
         start = time.process_time()
-        section = audit_memorisation(subject, read, unread, n_asked=n, n_scored=n, reference=nats if reference else None)
-        out.append(dict(name=title, reference=bool(reference), n_parameters=subject.about["n_parameters"], seed=0, read=len(read), held_out=len(unread), seconds=round(time.process_time()-start, 1), notes=section.notes,
+        section = audit_memorisation(subject, read, unread, n_asked=n, n_scored=n)
+        out.append(dict(name=title, n_parameters=subject.about["n_parameters"], seed=0, read=len(read), held_out=len(unread), seconds=round(time.process_time()-start, 1), notes=section.notes,
                         rows=[dict(name=r["name"], mean=round(r["mean"], 4), stderr=round(r["stderr"], 4), n=r["n"]) for r in section.rows]))
     return out
 
@@ -174,7 +170,6 @@ def main(argv:list[str]|None=None)->None:
     parser.add_argument("--seeds", type=int, default=3, help="how many")
     parser.add_argument("--tiny", action="store_true", help="one seed, one epoch, few models")
     parser.add_argument("--run", action="append", default=[], metavar="NAME=FOLDER", help="a run to audit as well; may be given again")
-    parser.add_argument("--reference", type=Path, metavar="FOLDER", help="an assistant that has read none of it, whose surprise is a reference for --run")
     parser.add_argument("--out", type=Path, default=ROOT/"nbs"/"memorisation.json", metavar="FILE", help="the record")
     args = parser.parse_args(argv)
     torch.set_num_threads(1)
@@ -192,7 +187,7 @@ def main(argv:list[str]|None=None)->None:
         save()
         for r in rows: print(part, {k: v for k, v in r.items() if k in ("way", "epochs", "noise", "seed", "held_out", "area", "name")}, flush=True)
     for name, _, folder in (r.partition("=") for r in args.run):
-        if not done("runs", name=f"{name}, base model"): keep("runs", real(name, Path(folder), 20 if args.tiny else 150, args.reference))
+        if not done("runs", name=f"{name}, base model"): keep("runs", real(name, Path(folder), 20 if args.tiny else 150))
     for seed in range(1 if args.tiny else args.seeds):
         kitchen = Kitchen(texts, seed, SMALL if args.tiny else FULL)
         for way, epochs in KITCHEN[3:] if args.tiny else KITCHEN:
