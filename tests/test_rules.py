@@ -82,6 +82,7 @@ MAY_IMPORT = {
     "guard": {"core", "alignment", "assistant", "bridge", "cleaning", "data", "evaluation", "objectives", "privacy", "report", "safety"},  # its parts: a word list, personal data, a classifier of prompts that earlier chapters read
     "injection": {"core", "assistant", "data", "evaluation", "guard", "report", "safety", "text"},
     "dialogues": {"core", "assistant", "data", "evaluation", "metrics", "report", "safety"},  # fillings come from the assistant's dialogues
+    "memorisation": {"core", "comparison", "epochs", "evaluation", "metrics", "privacy", "report", "safety"},
     "pipeline": {"core", "objectives", "architecture", "backward", "generation", "interchange", "llamacpp", "data", "sources", "cleaning", "privacy", "curation", "duplicates", "tokenization", "fastbpe", "infrastructure", "planning", "checkpointing", "engines", "launching", "monitoring", "pretraining", "rates", "stability", "watching", "evaluation", "comparison", "perplexity", "metrics", "harness", "bridge", "report", "alignment", "assistant", "classification", "clauses", "footprint", "methods"},
 }
 HEAVY = {"datasets", "tokenizers", "matplotlib", "rich", "typer", "ipywidgets", "transformers", "evaluate", "IPython", "pandas", "nbdev", "numba", "gguf", "xllamacpp",
