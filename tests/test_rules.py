@@ -76,6 +76,7 @@ MAY_IMPORT = {
     "reinforcement": {"core", "engines", "evaluation", "finetuning", "generation", "pretraining"},
     "methods": {"core", "architecture", "classification", "clauses", "evaluation", "finetuning", "footprint", "lora", "pretraining", "prompting", "qlora", "report", "tokenization"},  # side by side is its point
     "safety": {"core", "assistant", "evaluation", "harness", "report"},
+    "audit": {"core", "comparison", "data", "evaluation", "monitoring", "objectives", "report", "safety"},  # data: whose texts; monitoring: the log of a run; objectives: whose promises
     "pipeline": {"core", "objectives", "architecture", "backward", "generation", "interchange", "llamacpp", "data", "sources", "cleaning", "privacy", "curation", "duplicates", "tokenization", "fastbpe", "infrastructure", "planning", "checkpointing", "engines", "launching", "monitoring", "pretraining", "rates", "stability", "watching", "evaluation", "comparison", "perplexity", "metrics", "harness", "bridge", "report", "alignment", "assistant", "classification", "clauses", "footprint", "methods"},
 }
 HEAVY = {"datasets", "tokenizers", "matplotlib", "rich", "typer", "ipywidgets", "transformers", "evaluate", "IPython", "pandas", "nbdev", "numba", "gguf", "xllamacpp",
