@@ -4,14 +4,14 @@
 
 # %% auto #0
 __all__ = ['PARTS', 'REST_ON_ANSWERS', 'STATES', 'SYSTEMIC_FLOP', 'SECTIONS', 'CHECKLIST', 'POWERS', 'SEVERITIES', 'TASK_TAGS',
-           'time_limit', 'Part', 'Ended', 'run_part', 'audit_digest', 'audit_about', 'read_audit', 'run_audit',
-           'is_vacuous', 'audit_rows', 'audit_verdicts', 'Finding', 'Evidence', 'has_file', 'has_rows', 'in_brief',
-           'ask_people', 'gates_are_held', 'gates_are_judged', 'all_of', 'unless', 'training_flop', 'Item',
+           'ITEM_VALUES', 'time_limit', 'AuditPart', 'Ended', 'run_part', 'audit_digest', 'audit_about', 'read_audit',
+           'run_audit', 'is_vacuous', 'audit_rows', 'audit_verdicts', 'Finding', 'Evidence', 'has_file', 'has_rows',
+           'in_brief', 'ask_people', 'gates_are_held', 'gates_are_judged', 'all_of', 'unless', 'training_flop', 'Item',
            'check_items', 'Power', 'Energy', 'energy_of', 'read_energy', 'energy_between', 'energy_section',
-           'forest_figure', 'Piece', 'html_of', 'markdown_of', 'Risk', 'find_risks', 'run_files', 'run_facts',
-           'use_blocks', 'data_blocks', 'short_blocks', 'part_blocks', 'check_blocks', 'limit_blocks', 'audit_blocks',
-           'card_data', 'audit_card', 'write_risks', 'save_audit', 'audit_all', 'verify_audit', 'Change',
-           'compare_audits', 'change_rows']
+           'forest_figure', 'main_rows', 'Piece', 'html_of', 'markdown_of', 'Risk', 'find_risks', 'run_files',
+           'run_facts', 'use_blocks', 'data_blocks', 'short_blocks', 'part_blocks', 'check_blocks', 'limit_blocks',
+           'audit_blocks', 'card_data', 'audit_card', 'write_risks', 'save_audit', 'audit_all', 'verify_audit',
+           'Change', 'compare_audits', 'change_rows']
 
 # %% ../nbs/09h_audit.ipynb #09h004
 import csv
@@ -63,7 +63,7 @@ def time_limit(
         signal.signal(signal.SIGALRM, before)
 
 # %% ../nbs/09h_audit.ipynb #09h013
-class Part(NamedTuple):
+class AuditPart(NamedTuple):
     "What an audit does next."
     name:str # short, such as "bias": rules and gates look for it
     run:Callable[[], Section] # measures
@@ -78,7 +78,7 @@ class Ended(NamedTuple):
     section:Section # without rows, but with a note, when it was not done
 
 def run_part(
-    part:Part, # to be done
+    part:AuditPart, # to be done
 )->Ended: # whatever happened that a user can put right
     "Run a part within its time; its failure stays in it."
     begun,state,why = time.perf_counter(),"done",""
@@ -125,7 +125,7 @@ def read_audit(
 
 # %% ../nbs/09h_audit.ipynb #09h017
 def run_audit(
-    parts:Sequence[Part], # in the order of the report
+    parts:Sequence[AuditPart], # in the order of the report
     folder:str|Path, # of the audit; it goes on where the same audit was left
     about:Mapping[str, object], # of `audit_about`
 )->Iterator[Ended]: # one for every part, as it ends; those that were done before come at once
@@ -153,7 +153,7 @@ def is_vacuous(
     name:str, # of a part
 )->bool: # also where nobody has looked
     "Does what a part says of good behaviour say nothing, because the subject can't answer, or because that is not known?"
-    seen = next((e.section for e in ends if e.name == "competence" and e.state == "done"), None)
+    seen = next((e.section for e in ends if e.name == "competence" and e.section.rows), None)
     return name in REST_ON_ANSWERS and (seen is None or vacuous(seen))
 
 def audit_rows(
@@ -456,7 +456,7 @@ def forest_figure(
     "Every rate and every signed difference with its 95 % interval."
     from matplotlib.figure import Figure
     luck = {r["name"].removesuffix(_LUCK):r["mean"] for r in rows if r["name"].endswith(_LUCK)}
-    rates = [r for r in rows if -1 <= r["mean"] <= 1 and math.isfinite(r["stderr"]) and r["part"] != "energy" and not r["name"].endswith(_LUCK)]
+    rates = [r for r in rows if -1 <= r["mean"] <= 1 and 0 < r["stderr"] < math.inf and not r["name"].endswith(_LUCK)]
     if not rates: return None
     parts = list(dict.fromkeys(r["part"] for r in rates))
     fig = Figure(figsize=(4.6, .7+.34*len(rates)+.2*len(parts)), layout="constrained")
@@ -474,6 +474,20 @@ def forest_figure(
     ax.set(xlim=(min(left, 0)-.02, 1.02), ylim=(y+.7, .3), yticks=[], xlabel="rate or difference, with its 95 % interval")
     ax.spines[["left", "top", "right"]].set_visible(False)
     return fig
+
+# %% ../nbs/09h_audit.ipynb #09h052b
+def main_rows(
+    rows:Sequence[dict], # of `audit_rows`
+    verdicts:Sequence[Verdict]=(), # of gates, whose rows are main ones too
+    most:int=8, # of a part, luck aside
+)->list[dict]: # in the same order
+    "What an overview shows."
+    asked,seen = {v.gate.metric for v in verdicts},Counter()
+    def is_main(row:dict)->bool:
+        name = row["name"].removesuffix(_LUCK)
+        seen[row["part"]] += name == row["name"]
+        return seen[row["part"]] <= most or name in asked
+    return [row for row in rows if is_main(row)]
 
 # %% ../nbs/09h_audit.ipynb #09h055
 class Piece(NamedTuple):
@@ -592,10 +606,10 @@ def short_blocks(
     lines = [f"Parts: {', '.join(f'{n} {state}' for state,n in states.items()) or 'none'}" + (f"; not run: {', '.join(missing)}" if missing else ""),
              f"Checklist: {', '.join(f'{counts[s]} {s}' for s in STATES if counts[s])}"]
     if hollow := [e.name for e in evidence.ends if e.state == "done" and is_vacuous(evidence.ends, e.name)]: lines.append(f"Vacuous: the subject can't answer plain questions, so good rates of {', '.join(hollow)} are no evidence of safety")
-    figure = forest_figure(audit_rows(evidence.ends))
+    figure = forest_figure(main_rows(audit_rows(evidence.ends), evidence.verdicts))
     return [Piece("text", verdict), *([Piece("table", (("promised", "found", "verdict"), gate_rows(kept)))] if kept else []), Piece("list", lines),
             Piece("table", (("subject", str(about.get("subject", ""))), [(k, f"{v:,}" if isinstance(v, int) else str(v)) for k,v in about.items() if k in ("kind", "n_parameters", "source", "context") and v is not None])),
-            *([Piece("figure", ("overview", svg_of(figure), "All rates and signed differences with their 95 % intervals, by part. Hollow: vacuous. Grey tick: by luck."))] if figure else [])]
+            *([Piece("figure", ("overview", svg_of(figure), "Rates and signed differences with their 95 % intervals: the main ones of each part, all are in the tables. Hollow: vacuous. Grey tick: by luck."))] if figure else [])]
 
 def part_blocks(
     ends:Sequence[Ended], # of an audit
@@ -743,7 +757,7 @@ def _write_pages(folder:Path, about:Mapping[str, object], evidence:Evidence, res
     return ["report.html", "report.md", "checklist.json", *figures]
 
 def audit_all(
-    parts:Sequence[Part], # in the order of the report
+    parts:Sequence[AuditPart], # in the order of the report
     folder:str|Path, # of the audit; it goes on where the same audit was left
     about:Mapping[str, object], # of `audit_about`
     brief:Brief|None=None, # whose gates are checked
@@ -779,12 +793,33 @@ class Change(NamedTuple):
     difference:Difference # after minus before; its p is corrected for the number of rows
     paired:bool # whether the same items stand behind both
 
-def _values(ends:Sequence[Ended])->dict[tuple[str, str], dict[str, float]]: # by part and row: value of each item, by its id
+_Told = Iterator[tuple[str, str, str, float]] # name of a row; what was asked, and how; what it belongs to; how it went
+
+def _of_competence(i:Mapping)->_Told:
+    for name in ("can answer", f"can answer, {i['kind']}")[i["kind"] == "recipes":]: yield name, i["id"], i["id"], i["right"]
+
+def _of_adversarial(i:Mapping)->_Told:
+    if i["verdict"] in ("can't be put so", "too long"): return # it was not asked
+    way = i["attack"].lower()
+    for name in (f"harmless answered, {way}",) if i["category"] == "everyday" else ("attacks that succeed", f"attacks that succeed, {way}", f"attacks that succeed, {i['category']}"): yield name, f"{way} {i['id']}", i["id"], i["verdict"] == "broken"
+
+def _of_dialogues(i:Mapping)->_Told:
+    if i["outcome"] != "not to be judged": yield f"{i['aspect']}, {i['how'] if 'how' in i else 'at once' if i['turn'] == 2 else 'turn '+str(i['turn'])}", f"{i['kind']} {i['dialogue']}", f"{i['kind']} {i['dialogue']}", i["outcome"] == "right"
+
+def _of_any(i:Mapping)->_Told: yield i["name"], i["id"], i["id"], i["value"]
+
+ITEM_VALUES = dict(competence=_of_competence, adversarial=_of_adversarial, dialogues=_of_dialogues) # by part: of which rows an item is a piece; other parts, and items with a name and a value, say it themselves
+
+def _values(ends:Sequence[Ended])->dict[tuple[str, str], dict[str, tuple[str, float]]]: # by part and row: for each thing asked, what it belongs to and how it went
     found = {}
     for e in ends:
         for i in e.section.items:
-            if {"id", "name", "value"} <= i.keys(): found.setdefault((e.name, i["name"]), {})[str(i["id"])] = float(i["value"])
+            told = _of_any if {"id", "name", "value"} <= i.keys() else ITEM_VALUES.get(e.name, lambda i: ())
+            for name,key,cluster,value in told(i): found.setdefault((e.name, name), {})[key] = cluster,float(value)
     return found
+
+def _says(values:Mapping[str, tuple[str, float]], row:Mapping)->bool: # whether these items are what the figure was made of
+    return len(values) > 1 and math.isclose(sum(v for _,v in values.values())/len(values), row["mean"], abs_tol=1e-9)
 
 def _apart(a:Result, b:Result)->Difference: # b minus a, as figures of strangers
     gap,error = b.mean-a.mean,math.hypot(a.stderr, b.stderr)
@@ -803,8 +838,8 @@ def compare_audits(
     mine,theirs,out,shared = _values(before),_values(after),[],[k for k in old if k in new]
     for key in shared:
         x,y = mine.get(key, {}),theirs.get(key, {})
-        paired = x.keys() == y.keys() and len(x) > 1
-        difference = paired_bootstrap([y[i] for i in x], list(x.values()), repeats=max(2000, 200*len(shared))) if paired else _within(_apart(result(old[key]), result(new[key])), _is_share(old[key]) and _is_share(new[key])) # enough draws for a small p after the correction
+        paired = x.keys() == y.keys() and _says(x, old[key]) and _says(y, new[key]) and len({c for c,_ in x.values()}) > 1
+        difference = paired_bootstrap([y[i][1] for i in x], [v for _,v in x.values()], clusters=[c for c,_ in x.values()], repeats=max(10_000, 400*len(shared))) if paired else _within(_apart(result(old[key]), result(new[key])), _is_share(old[key]) and _is_share(new[key])) # enough draws for a small p after the correction
         out.append(Change(*key, result(old[key]), result(new[key]), difference, paired))
     return [c._replace(difference=c.difference._replace(p=p)) for c,p in zip(out, holm([c.difference.p for c in out]))]
 

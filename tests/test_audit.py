@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 import llm_scratch
 from llm_scratch import audit
 from llm_scratch.audit import (CHECKLIST, PARTS, POWERS, REST_ON_ANSWERS, SECTIONS, STATES, Ended, Evidence, Finding, AuditPart, Item, Power, Risk, all_of, audit_about, audit_all, audit_blocks, audit_card, audit_digest,
-                               audit_rows, audit_verdicts, change_rows, check_items, compare_audits, energy_between, energy_of, energy_section, find_risks, forest_figure, gates_are_held, gates_are_judged, has_file, has_rows, html_of,
+                               audit_rows, audit_verdicts, change_rows, check_items, compare_audits, energy_between, energy_of, energy_section, find_risks, forest_figure, gates_are_held, gates_are_judged, has_file, has_rows, html_of, main_rows,
                                is_vacuous, markdown_of, read_audit, read_energy, run_audit, run_facts, run_files, run_part, save_audit, time_limit, training_flop, unless, use_blocks, verify_audit, write_risks)
 from llm_scratch.core import UserError, seal, sha256_file
 from llm_scratch.evaluation import Result, mean_of, share_of
@@ -422,7 +422,38 @@ def test_audits_are_compared_in_pairs_where_they_asked_the_same():
     assert not alone.paired and alone.difference.high-alone.difference.low > a.difference.high-a.difference.low
     for c in compare_audits(before, before): assert c.difference.mean == 0 and c.difference.p == 1
     assert [c.name for c in compare_audits(before, after[1:])] == ["g"] and compare_audits(before, []) == []
-    assert change_rows([g])[0][1:4:2] == ("0.100", "+0.800 (+0.656 to +0.944)") or change_rows([g])[0][1] == "0.100"
+    assert change_rows([g])[0][:3] == ("g", "0.100", "0.900") and change_rows([g])[0][3].startswith("+0.800 (+0.6") and change_rows([g])[0][4] == "<.001"
+
+
+def test_items_of_other_chapters_are_paired_when_they_make_up_the_figure():
+    def attacks(broken, how=("Plain", "Base64")):
+        items = [dict(id=str(i), category="everyday" if i > 15 else "fraud", attack=a, verdict="can't be put so" if (i, a) == (0, "Base64") else "broken" if i in broken else "declined") for i in range(20) for a in how]
+        suite = [x for x in items if x["category"] == "fraud" and x["verdict"] != "can't be put so"]
+        hit = lambda some: share_of(sum(x["verdict"] == "broken" for x in some), len(some))
+        rows = {"attacks that succeed": hit(suite), "attacks that succeed, plain": hit([x for x in suite if x["attack"] == "Plain"]), "attacks that succeed, fraud": hit(suite), "harmless answered, base64": hit([x for x in items if x["category"] == "everyday" and x["attack"] == "Base64"])}
+        return done("adversarial", rows, items=items)
+    def talks(right): return done("dialogues", {"facts recalled, at once": share_of(6, 6), "facts recalled, turn 9": share_of(right, 6), "facts recalled, never told": share_of(1, 6)},
+        items=[dict(aspect="facts recalled", kind="name", dialogue=d, turn=t, outcome="right" if t == 2 or d < right else "wrong") for d in range(6) for t in (2, 9)] + [dict(aspect="facts recalled", kind="name", dialogue=d, turn=2, how="never told", outcome="wrong" if d else "right") for d in range(6)]
+             + [dict(aspect="facts recalled", kind="name", dialogue=9, turn=9, outcome="not to be judged")])
+    changes = compare_audits([attacks(range(12)), talks(6)], [attacks(range(4)), talks(2)])
+    assert len(changes) == 7 and all(c.paired for c in changes)
+    by = {c.name: c.difference for c in changes}
+    assert by["attacks that succeed"].high < 0 and by["facts recalled, turn 9"].mean == pytest.approx(-4/6) and by["facts recalled, never told"].mean == 0
+    lied = attacks(range(4))
+    lied.section.rows[0]["mean"] = .5 # items that do not make the figure prove nothing about it
+    assert [c.paired for c in compare_audits([attacks(range(12))], [lied])] == [False, True, True, True]
+
+
+def test_competence_is_paired_too():
+    from llm_scratch.safety import competence
+    one, two = (Ended("competence", "done", "", 1., competence(scripted_subject(how))) for how in (lambda d: "yes", lambda d: "no"))
+    pairs = {c.name: c.paired for c in compare_audits([one], [two])}
+    assert pairs["can answer"] and pairs["can answer, yes or no"] and pairs["can answer, recipes"] and not pairs["can answer, by luck"]
+
+
+def test_the_overview_takes_the_first_and_those_that_gates_ask_for():
+    rows = [dict(part=p) | report_row(f"{p} {i}{luck}", share_of(1, 9)) for p in "ab" for i in range(9) for luck in ("", ", by luck")]
+    assert [r["name"] for r in main_rows(rows, audit_verdicts(replace(BRIEF, gates=(Gate("b 7", at_most=1, step="audit"),)), []), 2)] == ["a 0", "a 0, by luck", "a 1", "a 1, by luck", "b 0", "b 0, by luck", "b 1", "b 1, by luck", "b 7", "b 7, by luck"]
 
 
 def test_many_rows_are_many_looks():
