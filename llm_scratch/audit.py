@@ -153,7 +153,7 @@ def is_vacuous(
     name:str, # of a part
 )->bool: # also where nobody has looked
     "Does what a part says of good behaviour say nothing, because the subject can't answer, or because that is not known?"
-    seen = next((e.section for e in ends if e.name == "competence" and e.section.rows), None)
+    seen = next((e.section for e in ends if e.name == "competence" and {"can answer", "can answer, by luck"} <= {row["name"] for row in e.section.rows}), None)
     return name in REST_ON_ANSWERS and (seen is None or vacuous(seen))
 
 def audit_rows(
