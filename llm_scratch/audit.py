@@ -791,7 +791,7 @@ class Change(NamedTuple):
     before:Result
     after:Result
     difference:Difference # after minus before; its p is corrected for the number of rows
-    paired:bool # whether the same items stand behind both
+    paired:bool # whether the interval is of the same items in pairs
 
 _Told = Iterator[tuple[str, str, str, float]] # name of a row; what was asked, and how; what it belongs to; how it went
 
@@ -838,7 +838,7 @@ def compare_audits(
     mine,theirs,out,shared = _values(before),_values(after),[],[k for k in old if k in new]
     for key in shared:
         x,y = mine.get(key, {}),theirs.get(key, {})
-        paired = x.keys() == y.keys() and _says(x, old[key]) and _says(y, new[key]) and len({c for c,_ in x.values()}) > 1
+        paired = x.keys() == y.keys() and _says(x, old[key]) and _says(y, new[key]) and len({y[i][1]-x[i][1] for i in x}) > 1 and len({c for c,_ in x.values()}) > 1
         difference = paired_bootstrap([y[i][1] for i in x], [v for _,v in x.values()], clusters=[c for c,_ in x.values()], repeats=max(10_000, 400*len(shared))) if paired else _within(_apart(result(old[key]), result(new[key])), _is_share(old[key]) and _is_share(new[key])) # enough draws for a small p after the correction
         out.append(Change(*key, result(old[key]), result(new[key]), difference, paired))
     return [c._replace(difference=c.difference._replace(p=p)) for c,p in zip(out, holm([c.difference.p for c in out]))]

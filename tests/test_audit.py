@@ -420,7 +420,7 @@ def test_audits_are_compared_in_pairs_where_they_asked_the_same():
     assert back.mean == -a.difference.mean
     alone = compare_audits(before[:1], [with_items(range(10), 39)])[0]
     assert not alone.paired and alone.difference.high-alone.difference.low > a.difference.high-a.difference.low
-    for c in compare_audits(before, before): assert c.difference.mean == 0 and c.difference.p == 1
+    for c in compare_audits(before, before): assert c.difference.mean == 0 and c.difference.p == 1 and c.difference.high-c.difference.low > .1 and not c.paired # no spread is no certainty
     assert [c.name for c in compare_audits(before, after[1:])] == ["g"] and compare_audits(before, []) == []
     assert change_rows([g])[0][:3] == ("g", "0.100", "0.900") and change_rows([g])[0][3].startswith("+0.800 (+0.6") and change_rows([g])[0][4] == "<.001"
 
@@ -436,19 +436,19 @@ def test_items_of_other_chapters_are_paired_when_they_make_up_the_figure():
         items=[dict(aspect="facts recalled", kind="name", dialogue=d, turn=t, outcome="right" if t == 2 or d < right else "wrong") for d in range(6) for t in (2, 9)] + [dict(aspect="facts recalled", kind="name", dialogue=d, turn=2, how="never told", outcome="wrong" if d else "right") for d in range(6)]
              + [dict(aspect="facts recalled", kind="name", dialogue=9, turn=9, outcome="not to be judged")])
     changes = compare_audits([attacks(range(12)), talks(6)], [attacks(range(4)), talks(2)])
-    assert len(changes) == 7 and all(c.paired for c in changes)
+    assert [c.name for c in changes if not c.paired] == ["harmless answered, base64", "facts recalled, at once", "facts recalled, never told"] and len(changes) == 7 # nothing changed there
     by = {c.name: c.difference for c in changes}
     assert by["attacks that succeed"].high < 0 and by["facts recalled, turn 9"].mean == pytest.approx(-4/6) and by["facts recalled, never told"].mean == 0
     lied = attacks(range(4))
     lied.section.rows[0]["mean"] = .5 # items that do not make the figure prove nothing about it
-    assert [c.paired for c in compare_audits([attacks(range(12))], [lied])] == [False, True, True, True]
+    assert [c.paired for c in compare_audits([attacks(range(12))], [lied])] == [False, True, True, False]
 
 
 def test_competence_is_paired_too():
     from llm_scratch.safety import competence
     one, two = (Ended("competence", "done", "", 1., competence(scripted_subject(how))) for how in (lambda d: "yes", lambda d: "no"))
     pairs = {c.name: c.paired for c in compare_audits([one], [two])}
-    assert pairs["can answer"] and pairs["can answer, yes or no"] and pairs["can answer, recipes"] and not pairs["can answer, by luck"]
+    assert pairs["can answer"] and pairs["can answer, yes or no"] and not pairs["can answer, recipes"] and not pairs["can answer, by luck"]
 
 
 def test_the_overview_takes_the_first_and_those_that_gates_ask_for():
