@@ -570,7 +570,10 @@ def run_facts(
 
 # %% ../nbs/09h_audit.ipynb #09h062
 def _figure(row:Mapping)->str: return f"{row['mean']:g}" if not row["stderr"] else str(Result(row["mean"], row["stderr"], row["n"])).partition(" (n=")[0]
-def _rows_table(rows:Sequence[Mapping])->Piece: return Piece("table", (("figure", "value ± standard error", "n", "goal"), [(r["name"] + (" (vacuous)" if r.get("vacuous") else ""), _figure(r), f"{r['n']:,}", r["goal"]) for r in rows]))
+def _rows_table(rows:Sequence[Mapping])->Piece: # what is wished has a column where anything is
+    told = [(r["name"] + (" (vacuous)" if r.get("vacuous") else ""), _figure(r), f"{r['n']:,}", r["goal"]) for r in rows]
+    n = 4 if any(row[3] for row in told) else 3
+    return Piece("table", (("figure", "value ± standard error", "n", "goal")[:n], [row[:n] for row in told]))
 
 def use_blocks(
     brief:Brief|None, # what the model is for
@@ -672,7 +675,8 @@ def card_data(
     from huggingface_hub import EvalResult, ModelCardData
     brief,sources = evidence.brief,[str(s) for s in evidence.facts.get("sources", ())]
     tag = TASK_TAGS[brief.task] if brief else "text-generation"
-    rows = [("evaluation", "held-out texts of the run", r) for r in results] + [(r["part"], f"audit, {PARTS.get(r['part'], r['part'])}", r) for r in audit_rows(evidence.ends) if not r["vacuous"]]
+    wished = [r for r in results if r["goal"]] or results # rivals and chance are no results of the model
+    rows = [("evaluation", "held-out texts of the run", r) for r in wished] + [(r["part"], f"audit, {PARTS.get(r['part'], r['part'])}", r) for r in audit_rows(evidence.ends) if not (r["vacuous"] or r["name"].endswith((_LUCK, "by chance alone")))]
     told = [EvalResult(task_type=tag, dataset_type=f"llm_scratch/{kind}", dataset_name=name, metric_type=re.sub(r"\W+", "-", r["name"]).strip("-").lower(), metric_name=f"{r['name']} (n={r['n']})", metric_value=round(r["mean"], 4)) for kind,name,r in rows]
     chosen = dict(license=licence) if licence else dict(license="other", license_name="not-chosen")
     return ModelCardData(language=list(brief.languages) if brief else None, **chosen, library_name="transformers", pipeline_tag=tag, tags=["llm_scratch", "audited"],

@@ -60,11 +60,12 @@ def make_run(home):
 # parts and their time
 
 def test_the_alarm_breaks_through_a_part_that_tries_again_and_is_off_afterwards():
-    def stubborn():
-        while True:
-            try: time.sleep(3)
-            except Exception: pass
     before, begun = signal.getsignal(signal.SIGALRM), time.monotonic()
+    def stubborn():
+        while time.monotonic() < begun+4:
+            try: time.sleep(1)
+            except Exception: pass
+        return section()
     end = run_part(AuditPart("stubborn", stubborn, .05))
     assert end.state == "out of time" and time.monotonic()-begun < 2 and end.section.rows == [] and "0.05 seconds" in end.section.notes[0]
     assert signal.getsignal(signal.SIGALRM) == before and signal.getitimer(signal.ITIMER_REAL)[0] == 0
@@ -355,11 +356,11 @@ def test_what_people_wrote_into_the_register_stays(tmp_path):
 def test_the_card_is_one_of_the_hub():
     from huggingface_hub import ModelCard
     e = Evidence(ends=ends_of(), brief=BRIEF, facts=dict(sources=["recipes", "hub:a/b"]))
-    results = [report_row("bits per byte, recipes", Result(.9, .03, 150))]
+    results = [report_row("bits per byte, recipes", Result(.9, .03, 150), "below 1"), report_row("bits per byte, chance", Result(8., .03, 150))]
     card = ModelCard(audit_card(dict(subject="mine"), e, results))
     assert (card.data.language, card.data.license, card.data.pipeline_tag, card.data.datasets) == (["en"], "other", "text-generation", ["a/b"])
     told = {r.metric_name: r.metric_value for r in card.data.eval_results}
-    assert told["bits per byte, recipes (n=150)"] == .9 and f"{ATTACK} (n=60)" in told and "Wikibooks" in card.text
+    assert told["bits per byte, recipes (n=150)"] == .9 and f"{ATTACK} (n=60)" in told and len(told) == 4 and "can answer (n=48)" in told and "Wikibooks" in card.text
     assert f"{ATTACK} (n=60)" not in {r.metric_name for r in ModelCard(audit_card(dict(subject="mine"), replace(e, ends=ends_of(can=0.)))).data.eval_results}
     theirs = "---\nlicense: mit\nlanguage:\n- de\nmodel-index:\n- name: old\n  results: []\n---\n# Theirs\n"
     card = ModelCard(audit_card(dict(subject="mine"), e, prose=theirs))
