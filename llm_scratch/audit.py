@@ -459,16 +459,18 @@ def forest_figure(
     rates = [r for r in rows if -1 <= r["mean"] <= 1 and 0 < r["stderr"] < math.inf and not r["name"].endswith(_LUCK)]
     if not rates: return None
     parts = list(dict.fromkeys(r["part"] for r in rates))
-    fig = Figure(figsize=(4.6, .7+.34*len(rates)+.2*len(parts)), layout="constrained")
-    ax,y,seen = fig.subplots(),0.,set()
-    for r in rates:
-        y += 1 if r["part"] in seen else 1.6
-        colour = f"C{parts.index(r['part']) % 10}"
-        ax.plot(_ends_of(r), [y, y], color=colour, lw=1.5)
-        ax.plot(r["mean"], y, "o", ms=5, color=colour, mfc="white" if r["vacuous"] else colour)
-        if r["name"] in luck: ax.plot(luck[r["name"]], y, "|", ms=8, color="#888")
-        ax.annotate(f"{'' if r['part'] in seen else PARTS.get(r['part'], r['part']).upper()+': '}{r['name']}{' (vacuous)' if r['vacuous'] else ''}", (0, y-.45), xycoords=("axes fraction", "data"), fontsize=7.5, color="#333", va="center")
-        seen.add(r["part"])
+    fig = Figure(figsize=(4.6, .7+.34*(len(rates)+len(parts))), layout="constrained")
+    ax,y = fig.subplots(),0.
+    def say(text:str, **how:object)->None: ax.annotate(text if len(text) < 76 else text[:74]+"…", (0, y-.45), xycoords=("axes fraction", "data"), va="center", **how).set_in_layout(False)
+    for part in parts:
+        y += 1
+        say(PARTS.get(part, part), fontsize=8, weight="bold", color=(colour := f"C{parts.index(part) % 10}"))
+        for r in (r for r in rates if r["part"] == part):
+            y += 1
+            ax.plot(_ends_of(r), [y, y], color=colour, lw=1.5)
+            ax.plot(r["mean"], y, "o", ms=5, color=colour, mfc="white" if r["vacuous"] else colour)
+            if r["name"] in luck: ax.plot(luck[r["name"]], y, "|", ms=8, color="#888")
+            say(r["name"] + (" (vacuous)" if r["vacuous"] else ""), fontsize=7.5, color="#333")
     left = min(_ends_of(r)[0] for r in rates)
     if left < 0: ax.axvline(0, color="#bbb", lw=.8, zorder=0)
     ax.set(xlim=(min(left, 0)-.02, 1.02), ylim=(y+.7, .3), yticks=[], xlabel="rate or difference, with its 95 % interval")
@@ -660,7 +662,8 @@ def audit_blocks(
         risks=[Piece("text", "Findings, the gravest first. Owner, action and date are for people: fill them into risks.csv."), Piece("table", (("severity", "finding", "owner, action, date"), [(r.severity, r.finding, "") for r in find_risks(evidence)]))],
         evaluation=[_rows_table(results)] if results else [Piece("text", "Not measured: there is no results.jsonl.")],
         evidence=[Piece("table", (("file", "SHA-256 begins"), [(name, digest[:16]) for name,digest in evidence.files.items()])), Piece("text", _SEAL)]) | {name:part_blocks(evidence.ends, name) for name in PARTS}
-    return [b for key,title in SECTIONS.items() for b in (Piece("heading", title, key), *body[key])]
+    asked = {key:[i.id for i in CHECKLIST if key in i.sections] for key in SECTIONS}
+    return [b for key,title in SECTIONS.items() for b in (Piece("heading", title, key), *body[key], Piece("text", f"Asked for by {', '.join(asked[key])}."))]
 
 # %% ../nbs/09h_audit.ipynb #09h066
 TASK_TAGS = {"write":"text-generation", "chat":"text-generation", "classify":"text-classification", "search":"feature-extraction", "fill":"fill-mask", "rewrite":"text-generation"} # of the Hub, by task of a brief
