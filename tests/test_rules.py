@@ -88,8 +88,7 @@ MAY_IMPORT = {
 }
 HEAVY = {"datasets", "tokenizers", "matplotlib", "rich", "typer", "ipywidgets", "transformers", "evaluate", "IPython", "pandas", "nbdev", "numba", "gguf", "xllamacpp",
          "resiliparse", "trafilatura", "fastwarc", "ftfy", "py3langid", "lingua", "charset_normalizer", "datatrove", "datasketch", "sklearn", "pyarrow", "tiktoken",
-         "psutil", "pynvml", "tensorboard", "wandb", "prometheus_client", "deepspeed", "megatron", "scipy", "sacrebleu", "rouge_score", "lm_eval", "peft", "trl", "fairlearn", "httpx"}
-         "psutil", "pynvml", "tensorboard", "wandb", "prometheus_client", "deepspeed", "megatron", "scipy", "sacrebleu", "rouge_score", "lm_eval", "peft", "trl", "httpx", "inspect_ai"}
+         "psutil", "pynvml", "tensorboard", "wandb", "prometheus_client", "deepspeed", "megatron", "scipy", "sacrebleu", "rouge_score", "lm_eval", "peft", "trl", "fairlearn", "httpx", "inspect_ai"}
 HEAVY_BUT_ALLOWED = {"pipeline": {"typer"}, "compiled": {"numba"}, "fastbpe": {"numba"}}  # the command line is made of typer's annotations, compiled functions of numba's decorator
 SECONDS = 2  # of CPU time beyond `import torch`, generous
 
