@@ -9,7 +9,8 @@ __all__ = ['PRESETS', 'BRIEFS', 'IMPORT', 'Watch', 'CLEANING', 'JUDGES', 'MOST_R
            'free_bytes', 'pretrain', 'model_card', 'save_pretrained', 'write_texts', 'read_results', 'evaluate_run',
            'run_verdicts', 'scorecard', 'save_scorecard', 'save_report', 'stream_text', 'main', 'tune_clauses',
            'tune_chat', 'prefer_chat', 'preset_plan', 'preset_rows', 'is_imported', 'import_hf', 'import_gguf',
-           'open_imported', 'export_hf', 'export_gguf', 'find_assistant']
+           'open_hub', 'open_imported', 'export_hf', 'export_gguf', 'find_assistant', 'open_subject', 'judged_clauses',
+           'open_guard', 'audit_parts']
 
 # %% ../nbs/12_pipeline.ipynb #0e203540
 import codecs
@@ -25,7 +26,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import closing, contextmanager
 from dataclasses import asdict, dataclass, fields, replace
-from functools import partial
+from functools import cache, partial
 from html import escape
 from itertools import islice
 from pathlib import Path
@@ -38,9 +39,12 @@ from safetensors import safe_open
 from torch import nn
 
 from .architecture import Decoder, ModelConfig, init_weights, load_model, n_params, save_model, training_flops_per_token
+from .adversarial import audit_adversarial
 from .alignment import PreferenceBatches, corrupt, fewer_flaws, pair_samples, reference_logps, steps_of_answer, tune_dpo, win_rate
 from .assistant import Assistant, Dialogue, add_tokens, answer_all, ask, book_dialogues, chain_dialogues, chat_samples, end_id, fact_score, form_score, given_dialogues, luck_score, mix_dialogues, open_assistant, read_template, reply, save_assistant, set_mean_rows, split_by_title, tune_assistant
+from .audit import PARTS, AuditPart, Ended, audit_about, audit_all, energy_section, run_facts
 from .backward import quick_products, quick_training
+from .bias import audit_bias
 from .classification import label_choice, label_task
 from .clauses import CORE_14, family_of, frozen_split, is_test, keyword_rules, majority, tfidf_svm
 from .cleaning import basic_stages, full_stages, listed_words, quality_texts, train_quality
@@ -49,27 +53,33 @@ from .comparison import leaderboard_text
 from .core import UserError, atomic_path, read_json, write_json
 from .curation import curate, curation_notes, read_curated
 from .data import SOURCES, Document, load_corpus, load_documents, nearest, read_source, save_documents, split_corpus, tiny_corpus, to_dataset
+from .dialogues import audit_dialogues
 from .duplicates import Decontaminate
 from .engines import ENGINES, Engine, end_rank, is_loss_of_contact, make_engine, speaks_first
 from .bridge import QUESTION_SETS, find_leaks, load_questions
 from .evaluation import NGram, bits_per_byte, counts_steps, looks_like_recipe, mean_of, ratio_of, share_of, train_ngram
+from .fairness import LIABILITY, Judged, audit_fairness, judge_clauses
 from .footprint import METHODS, Tuning
 from .generation import Cache, sample, stream
+from .guard import Safeguard, audit_guard, guarded, load_policy, make_guard
+from .injection import FULL_KIT, audit_injection, hardened
 from .interchange import TOKENIZER_FILES, copy_tokenizer, find_tensors, load_hf, load_special_ids, save_hf
 from .harness import ModelScorer, NGramScorer, Task, TaskResult, baselines, stand
 from .infrastructure import HardwareSampler, doctor_rows, hardware_report, local_preflight, measured_rows, preflight_rank, read_memory
 from .launching import WAYS, launch, launch_text, make_job
 from .llamacpp import load_gguf, read_gguf, save_gguf, write_modelfile
-from .methods import judge_labels, method_rows, methods_table, save_tuned, try_method
+from .memorisation import audit_memorisation
+from .methods import judge_labels, method_rows, methods_table, open_tuned, save_tuned, task_for, try_method
 from .metrics import memorisation_rate
 from .monitoring import Monitors, open_monitors, read_rows, write_monitoring
-from .objectives import LEGAL_BRIEF, RECIPES_BRIEF, Brief, Pace, Verdict, brief_settings, check_gates, gate_rows, gates_hold, load_brief, save_brief
+from .objectives import LEGAL_BRIEF, RECIPES_BRIEF, Brief, Pace, Verdict, brief_settings, check_gates, gate_rows, gates_hold, guard_level, load_brief, save_brief
 from .perplexity import Predictions, predict
 from .planning import CHIPS, SHAPES, Chip, Layout, Machines, TrainingPlan, checkpoint_blocks, peak_memory, plan_report, plan_rows, room, step_time
 from .pretraining import Batches, Step, TrainState, load_checkpoint, make_adamw, make_optimizers, save_checkpoint, train, wsd
 from .privacy import RedactPII
 from .rates import cosine, linear
 from .report import compare_runs, cost_figure, html_page, html_table, item_rows, language_rows, loss_figure, nats_of_docs, reliability_figure, report_row, speed_gates, speed_rows, svg_of, task_figure, task_rows, text_tasks, writing_rows
+from .safety import Subject, assistant_subject, competence, endpoint_subject, model_subject
 from .sources import Stage, open_streams
 from .stability import compile_auto, explained
 from .tokenization import HubTokenizer, Shards, Tokenizer, load_tokenizer, save_tokenizer, train_bpe, write_shards
@@ -1229,14 +1239,20 @@ def import_gguf(
 # %% ../nbs/12_pipeline.ipynb #ad537649
 def _first(ids:int|list[int])->int: return ids[0] if isinstance(ids, list) else ids # some models have several ids that end a text
 
+def open_hub(
+    folder:str|Path, # in the Hugging Face layout
+)->tuple[Decoder, HubTokenizer]: # what `stream_text` wants
+    "A model that writes, and its tokenizer."
+    model,ids = load_hf(folder),load_special_ids(folder)
+    if not isinstance(model, Decoder): raise UserError(f"{folder} holds a model of the class {type(model).__name__}, which does not continue texts: open it with load_hf")
+    if "eos_token_id" not in ids: raise UserError(f"{Path(folder)/'config.json'} does not say which id ends a text (eos_token_id)")
+    return model,HubTokenizer(folder, _first(ids["eos_token_id"]), _first(ids["bos_token_id"]) if "bos_token_id" in ids else None)
+
 def open_imported(
     folder:str|Path, # made by `import_hf` or `import_gguf`
 )->tuple[Decoder, HubTokenizer]: # what `stream_text` wants
     "An imported model that writes, and its tokenizer."
-    model,ids = load_hf(Path(folder)/"model"),load_special_ids(Path(folder)/"model")
-    if not isinstance(model, Decoder): raise UserError(f"{folder} holds a model of the class {type(model).__name__}, which does not continue texts: open it with load_hf")
-    if "eos_token_id" not in ids: raise UserError(f"{Path(folder)/'model'/'config.json'} does not say which id ends a text (eos_token_id)")
-    return model,HubTokenizer(Path(folder)/"model", _first(ids["eos_token_id"]), _first(ids["bos_token_id"]) if "bos_token_id" in ids else None)
+    return open_hub(Path(folder)/"model")
 
 # %% ../nbs/12_pipeline.ipynb #8b8e557d
 def _leaving(folder:Path)->tuple[nn.Module, Path, dict[str, int]]: # the model, where its tokenizer is, and its special ids
@@ -1386,6 +1402,89 @@ def _lines_typed()->Iterator[str]: # until an empty one, or the end
         if not line: return
         yield line
 
+
+# %% ../nbs/12_pipeline.ipynb #a9verb02
+def open_subject(
+    folder:str|Path, # a run directory, an imported model, or a folder in the Hugging Face layout
+    tuned:str="chat", # which assistant of a run
+)->tuple[Subject, Path]: # who is asked, and where its weights are
+    "The assistant that is there, or else the model."
+    folder = Path(folder)
+    is_run = (folder/"run.json").is_file() or not folder.is_dir()
+    home = find_assistant(folder, tuned) if is_run else folder if _template(folder) else None
+    if home: return assistant_subject(open_assistant(home), f"{folder.name}, {home.name}" if home != folder else folder.name),home
+    model,tok = _open_model(folder, None) if is_run else open_hub(folder)
+    return model_subject(model, tok, folder.name),folder/"model" if is_run else folder
+
+def judged_clauses(
+    run:Run, # with a model
+    method:str, # of `METHODS`, by which it was tuned
+)->list[Judged]: # the clauses of the frozen test
+    "What the classifier of a run says, clause by clause."
+    model,tok,held = load_model(run.model),load_tokenizer(run.tokenizer),frozen_split()[1]
+    task = task_for(label_task(tok, CORE_14, model.cfg.context_len), Tuning(method))
+    with quick_products(model.cfg.context_len): return judge_clauses(held, label_choice(open_tuned(model, run.tuned/f"clauses-{method}", method), task, [tok.encode(c.text) for c in held]))
+
+def open_guard(
+    folder:str|Path, # of its policy; made when there is none
+    level:str="block", # of a guard that is made
+)->Safeguard: # what `serve` loads
+    "The guard of a run."
+    folder = Path(folder)
+    if not (folder/"policy.json").is_file():
+        with atomic_path(folder) as new: write_json(new/"policy.json", asdict(hardened(make_guard(new, level).policy)))
+    return load_policy(folder, FULL_KIT)
+
+# %% ../nbs/12_pipeline.ipynb #a9verb04
+def audit_parts(
+    subject:Subject, # under audit
+    guard:Callable[[], Safeguard], # opens the guard that would stand in front of it
+    run:Run|None=None, # that it comes from, where its texts are
+    seed:int=0, # of everything that is drawn
+    seconds:float=600., # that a part may take
+)->list[AuditPart]: # in the order of the report
+    "What can be asked of a subject."
+    able = cache(lambda: competence(subject))
+    texts = lambda split: load_documents(run.documents)[split]["text"]
+    parts = dict(competence=able, bias=lambda: audit_bias(subject, seed=seed))
+    for method in METHODS:
+        if run and (run.tuned/f"clauses-{method}").exists(): parts.setdefault("fairness", lambda method=method: audit_fairness(judged_clauses(run, method), LIABILITY, seed=seed))
+    parts |= dict(adversarial=lambda: audit_adversarial(subject, competent=able(), seed=seed), guard=lambda: audit_guard(guard(), seed=seed), dialogues=lambda: audit_dialogues(subject, seed=seed))
+    if run and run.documents.exists(): parts["memorisation"] = lambda: audit_memorisation(subject, texts("train"), texts("validation"), seed=seed)
+    return [AuditPart(name, does, seconds) for name,does in (parts | dict(injection=lambda: audit_injection(subject, seed=seed), energy=lambda: energy_section(run_facts(run and run.folder)))).items()]
+
+# %% ../nbs/12_pipeline.ipynb #a9verb05
+@_verb("audit")
+def _audit_verb(
+    run:_RunOption=None, preset:_PresetOption=None, tuned:Annotated[str, typer.Option(help="which assistant of the run")]="chat",
+    endpoint:Annotated[str, typer.Option(metavar="URL", help="an OpenAI-compatible server instead of a run")]="", model:Annotated[str, typer.Option(metavar="NAME", help="how the server calls the model")]="",
+    key:Annotated[str, typer.Option(envvar="LLM_SCRATCH_KEY", help="of the server", show_default=False)]="", timeout:Annotated[float, typer.Option(help="seconds that an answer of the server may take", min=.1)]=30.,
+    only:Annotated[str, typer.Option(metavar="PART,…", help=f"some of {', '.join(PARTS)}", show_default="all")]="", behind_guard:Annotated[bool, typer.Option("--guarded", help="put the guard in front of it first")]=False,
+    guard:Annotated[Path, typer.Option(metavar="DIR", help="with a policy.json; made when there is none", show_default="guard in the run")]=None,
+    brief:_BriefOption=None, out:Annotated[Path, typer.Option(metavar="DIR", help="of the report", show_default="audit in the run")]=None, minutes:Annotated[float, typer.Option(help="that a part may take", min=.01)]=30.,
+    seed:Annotated[int, typer.Option(help="of what is drawn")]=0, licence:Annotated[str, typer.Option(help="of the model, for its card: an id of the Hub such as apache-2.0", show_default="not chosen")]=None,
+)->None:
+    "Look for bias, unsafe answers, leaks and more; write report.html and a model card. Status 1 if a gate of the brief was not shown to hold, or a part was not finished."
+    home = None if endpoint else _home(run, preset)
+    r = open_run(home) if home and (home/"run.json").is_file() and not is_imported(home) else None
+    promised = open_brief(brief) if brief else load_brief(r.brief) if r and r.brief.exists() else None
+    subject,weights = (endpoint_subject(endpoint, model, timeout=timeout, key=key or None),None) if endpoint else open_subject(home, tuned)
+    folder = out or (home or Path("."))/("audit-guarded" if behind_guard else "audit")
+    at = guard or (home or folder)/"guard"
+    shield = cache(lambda: open_guard(at, guard_level(promised) if promised else "block"))
+    if behind_guard: subject = guarded(subject, shield())
+    parts = audit_parts(subject, shield, r, seed, 60*minutes)
+    wanted = _names(only) if only else [p.name for p in parts]
+    if unknown := [n for n in wanted if n not in {p.name for p in parts}]: raise UserError(f"{unknown[0]} is no part that can be asked of {subject.name}: give some of {', '.join(p.name for p in parts)}")
+    files = ([] if weights is None else sorted(weights.glob("*.safetensors"))) + ([at/"policy.json"] if "guard" in wanted and shield() else [])
+    say,open_ = _console().print,[]
+    def told(end:Ended)->None:
+        say(f"{end.name:12}  {f'{len(end.section.rows)} figures' if end.state == 'done' else f'{end.state}: {end.why}'}, {end.seconds:.0f} s", soft_wrap=True)
+        if end.state != "done": open_.append(end.name)
+    kept = audit_all([p for p in parts if p.name in wanted], folder, audit_about(subject, files, seed=seed), promised, home, licence, told)
+    say(f"report: {folder/'report.html'}", soft_wrap=True)
+    broken = [*([f"{', '.join(open_)} not finished"] if open_ else []), *([f"{sum(v.outcome != 'pass' for v in kept)} of {len(kept)} gates were not shown to hold: {'; '.join(' '.join(row) for row in gate_rows(kept))}"] if kept and not gates_hold(kept) else [])]
+    if broken: _fail("; ".join(broken), 1)
 
 # %% ../nbs/12_pipeline.ipynb #1c596d92
 def _print_rows(rows:Iterable[tuple[str, str]])->None:
