@@ -83,8 +83,8 @@ def test_all_deals_are_alike():
 
 
 def test_many_deals_come_in_pieces():
-    pieces = list(shuffled_groups(["a", "b"]*3000, [str(i) for i in range(6000)], 500))
-    assert len(pieces) > 1 and sum(len(p) for p in pieces) == 500 and max(p.size for p in pieces) <= 2**21
+    pieces = list(shuffled_groups(["a", "b"]*20000, [str(i) for i in range(40000)], 105))
+    assert [len(p) for p in pieces] == [52, 52, 1] and pieces[0].size <= 2**21
     assert not (pieces[0][0] == pieces[1][0]).all()
 
 
@@ -183,6 +183,7 @@ def test_what_is_compared():
     assert {n for n, _ in compare_groups(judged, repeats=50)[0]} == {"accuracy"}
     true_yes = [j for j in judged if j.label == "yes"]
     assert rates["true positive rate", "kind"][0].rate.mean == pytest.approx(np.mean([j.said == "yes" for j in true_yes if j.groups["kind"] == "x"]))
+    assert rates["false positive rate", "kind"][0].rate.mean == pytest.approx(np.mean([j.said == "yes" for j in judged if j.label == "no" and j.groups["kind"] == "x"]))
     assert rates["false positive rate", "kind"][0].n == sum(j.label == "no" and j.groups["kind"] == "x" for j in judged)
 
 
