@@ -316,7 +316,10 @@ def group_figure(
     lines = [(feature, g) for (n,feature),groups in rates.items() if n == name for g in groups if g.rate]
     fig = Figure(figsize=(4.6, .8+.24*len(lines)), layout="constrained")
     ax = fig.subplots()
-    for y,(feature,g) in enumerate(lines): ax.errorbar(g.rate.mean, y, xerr=1.96*g.rate.stderr, fmt="o", ms=4, capsize=2, color="C3" if (feature, g.group) in found else "C0")
+    for colour in ("C0", "C3"):
+        if own := [(g.rate.mean, y, (min(1.96*g.rate.stderr, g.rate.mean), min(1.96*g.rate.stderr, 1-g.rate.mean))) for y,(feature,g) in enumerate(lines) if ((feature, g.group) in found) == (colour == "C3")]:
+            x,at,half = zip(*own)
+            ax.errorbar(x, at, xerr=np.transpose(half), fmt="o", ms=4, color=colour)
     ax.set(xlabel=name, ylim=(len(lines)-.5, -.5))
     ax.set_yticks(range(len(lines)), [f"{g.group} (n={g.n})" for _,g in lines], fontsize=8)
     return fig
