@@ -1,6 +1,6 @@
 """Whom classifiers of legal clauses fail: the audit of chapter 09b on word lists, words and a tuned model; and how often it finds what was planted.
 
-    python benchmarks/fairness.py --run RUN          ten minutes on one core; RUN has a model tuned by `llm-scratch finetune --task clauses`
+    python benchmarks/fairness.py --run RUN          some minutes on one core; RUN has a model tuned by `llm-scratch finetune --task clauses`
     python benchmarks/fairness.py                    without a tuned model
     python benchmarks/fairness.py --tiny --out x.json    seconds, for a test: the numbers say nothing
 
