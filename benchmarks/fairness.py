@@ -1,6 +1,6 @@
 """Whom classifiers of legal clauses fail: the audit of chapter 09b on word lists, words and a tuned model; and how often it finds what was planted.
 
-    python benchmarks/fairness.py --run RUN          ten minutes on one core; RUN has a model tuned by `llm-scratch finetune --task clauses`
+    python benchmarks/fairness.py --run RUN          some minutes on one core; RUN has a model tuned by `llm-scratch finetune --task clauses`
     python benchmarks/fairness.py                    without a tuned model
     python benchmarks/fairness.py --tiny --out x.json    seconds, for a test: the numbers say nothing
 
@@ -29,7 +29,7 @@ from llm_scratch.footprint import METHODS, Tuning  # noqa: E402
 from llm_scratch.methods import open_tuned, task_for  # noqa: E402
 from llm_scratch.pipeline import load_tokenizer, open_run  # noqa: E402
 
-SPOILT, GROUPS = (.1, .2, .3, .4), (("licence", "commercial"), ("licence", "copyleft"))
+SPOILT, GROUPS = (.1, .2, .3, .4), (("licence", "commercial"), ("licence", "copyleft"), ("length", "long"))
 
 def tuned_labels(folder:Path, method:str, texts:Sequence[str])->tuple[list[str], dict]:
     "What the tuned classifier of a run says, and facts about it."

@@ -21,7 +21,7 @@ from typing import NamedTuple
 import numpy as np
 
 from .clauses import Clause
-from .comparison import cluster_sums, resamples
+from .comparison import cluster_sums
 from .core import UserError, optional_package
 from .data import SOURCES, fetch
 from .evaluation import Result, holm, ratio_of, share_of
@@ -139,13 +139,15 @@ def _tallies(hit_N:np.ndarray, group_RN:np.ndarray, G:int)->tuple[np.ndarray, np
 
 _MADE_UP = np.array([[1, 0, 0, 0], [1, 1, 0, 0], [0, 0, 1, 0], [0, 0, 1, 1]]) # a hit and a miss on both sides: hits, texts, others' hits, others' texts
 
+def _times_drawn(C:int, repeats:int, seed:int)->Iterator[np.ndarray]: # `(some, C)`
+    "How often each of `C` clusters is taken in each draw of the bootstrap."
+    rng,rows = np.random.default_rng(seed),max(1, 2**21//C)
+    for done in range(0, repeats, rows): yield rng.multinomial(C, np.full(C, 1/C), size=min(rows, repeats-done))
+
 def _drawn_gaps(hit_N:np.ndarray, cluster_N:np.ndarray, own_GN:np.ndarray, repeats:int, seed:int, made_up:np.ndarray=_MADE_UP)->np.ndarray: # `(G,repeats)`
     "Gaps between each group and the others when whole clusters are drawn again."
-    sums_G4C = np.stack([np.concatenate([[np.bincount(cluster_N, weights=w) for w in (own*hit_N, own, ~own*hit_N, ~own)], made_up], 1) for own in own_GN])
-    rng,C,out = np.random.default_rng(seed),sums_G4C.shape[-1],[]
-    rows = max(1, 2**21//C)
-    for done in range(0, repeats, rows):
-        times_RC = rng.multinomial(C, np.full(C, 1/C), size=min(rows, repeats-done)) # how often each cluster is drawn
+    sums_G4C,out = np.stack([np.concatenate([[np.bincount(cluster_N, weights=w) for w in (own*hit_N, own, ~own*hit_N, ~own)], made_up], 1) for own in own_GN]),[]
+    for times_RC in _times_drawn(sums_G4C.shape[-1], repeats, seed):
         hits_GR,n_GR,others_GR,m_GR = np.moveaxis(sums_G4C@times_RC.T, 1, 0)
         with np.errstate(invalid="ignore"): out.append(hits_GR/n_GR - others_GR/m_GR) # a draw may leave a side empty
     return np.concatenate(out, 1)
@@ -206,6 +208,11 @@ def plant_errors(
     return [j._replace(said=_other(j.label, labels, rng)) if j.groups[feature] == value and j.said == j.label and rng.random() < share else j for j in judged]
 
 # %% ../nbs/09b_fairness.ipynb #09b051
+def _apart(hits:np.ndarray, n:np.ndarray)->np.ndarray: # `(..., G)` to `(...)`
+    "Largest share minus smallest; a group without texts has none."
+    with np.errstate(invalid="ignore"): share = hits/n
+    return np.fmax.reduce(share, -1) - np.fmin.reduce(share, -1)
+
 def largest_gap(
     parts:Sequence[tuple[Sequence[bool], Sequence[str], Sequence[str]]], # one or several rates of the same groups: hits, groups and clusters of what counts
     *,
@@ -219,12 +226,11 @@ def largest_gap(
         hit_N,(names,group_N),(cluster_names,cluster_N) = np.asarray(hit, dtype=float),_numbers(groups),_numbers(clusters)
         kept = [g for g in range(len(names)) if len(set(cluster_N[group_N == g].tolist())) >= least]
         if len(kept) < 2: return None
-        apart = lambda hits, n: np.fmax.reduce(hits/np.maximum(n, 1), -1) - np.fmin.reduce(hits/np.maximum(n, 1), -1)
         both_GC = [np.stack([np.bincount(cluster_N, weights=w*(group_N == g), minlength=len(cluster_names)) for g in kept]) for w in (hit_N, np.ones(len(hit_N)))]
-        draw = lambda i_RC: apart(*(x[:,i_RC].sum(-1).T for x in both_GC))
-        deal = lambda group_RN: apart(*(x[:,kept] for x in _tallies(hit_N, group_RN, len(names))))
-        measured,n = max(measured, float(apart(*(x.sum(1) for x in both_GC)))),max(n, len(cluster_names))
-        drawn_R = np.maximum(drawn_R, np.concatenate([draw(i) for i in resamples(len(cluster_names), repeats, seed)]))
+        draw = lambda times_RC: _apart(*(times_RC@x.T for x in both_GC))
+        deal = lambda group_RN: _apart(*(x[:,kept] for x in _tallies(hit_N, group_RN, len(names))))
+        measured,n = max(measured, float(_apart(*(x.sum(1) for x in both_GC)))),max(n, len(cluster_names))
+        drawn_R = np.maximum(drawn_R, np.concatenate([draw(t) for t in _times_drawn(len(cluster_names), repeats, seed)]))
         dealt_R = np.maximum(dealt_R, np.concatenate([deal(g) for g in shuffled_groups(groups, clusters, repeats, seed)]))
     return Result(measured, float(drawn_R.std()), n, seed),Result(float(dealt_R.mean()), float(dealt_R.std()), n, seed)
 
@@ -310,7 +316,10 @@ def group_figure(
     lines = [(feature, g) for (n,feature),groups in rates.items() if n == name for g in groups if g.rate]
     fig = Figure(figsize=(4.6, .8+.24*len(lines)), layout="constrained")
     ax = fig.subplots()
-    for y,(feature,g) in enumerate(lines): ax.errorbar(g.rate.mean, y, xerr=1.96*g.rate.stderr, fmt="o", ms=4, capsize=2, color="C3" if (feature, g.group) in found else "C0")
+    for colour in ("C0", "C3"):
+        if own := [(g.rate.mean, y, (min(1.96*g.rate.stderr, g.rate.mean), min(1.96*g.rate.stderr, 1-g.rate.mean))) for y,(feature,g) in enumerate(lines) if ((feature, g.group) in found) == (colour == "C3")]:
+            x,at,half = zip(*own)
+            ax.errorbar(x, at, xerr=np.transpose(half), fmt="o", ms=4, color=colour)
     ax.set(xlabel=name, ylim=(len(lines)-.5, -.5))
     ax.set_yticks(range(len(lines)), [f"{g.group} (n={g.n})" for _,g in lines], fontsize=8)
     return fig
@@ -358,7 +367,7 @@ def fair_thresholds(
     groups:Sequence[str], # of each
     constraint:str="equalized_odds", # or another of Fairlearn's `ThresholdOptimizer`, such as `demographic_parity`
 )->Callable[[Sequence[float], Sequence[str]], np.ndarray]: # scores and groups of other texts to the probability with which each should be called yes
-    "A threshold for each group, mixed by chance where one does not do (Hardt et al. 2016, section 3)."
+    "A threshold for each group, mixed by chance where one does not do (Hardt et al. 2016)."
     postprocessing,base = (optional_package(name, "safety", "fair_thresholds") for name in ("fairlearn.postprocessing", "sklearn.base"))
     class AsIs(base.BaseEstimator):
         "Scores that are there already."

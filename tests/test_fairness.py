@@ -83,8 +83,8 @@ def test_all_deals_are_alike():
 
 
 def test_many_deals_come_in_pieces():
-    pieces = list(shuffled_groups(["a", "b"]*3000, [str(i) for i in range(6000)], 500))
-    assert len(pieces) > 1 and sum(len(p) for p in pieces) == 500 and max(p.size for p in pieces) <= 2**21
+    pieces = list(shuffled_groups(["a", "b"]*20000, [str(i) for i in range(40000)], 105))
+    assert [len(p) for p in pieces] == [52, 52, 1] and pieces[0].size <= 2**21
     assert not (pieces[0][0] == pieces[1][0]).all()
 
 
@@ -160,6 +160,10 @@ def test_a_tiny_group_makes_no_gap():
     assert largest_gap([(hit[:60], groups[:60], where[:60])]) is None
 
 
+def test_a_group_that_a_draw_leaves_empty_has_no_share():
+    assert fairness._apart(np.array([[1, 0, 3], [0, 2, 1]]), np.array([[2, 0, 4], [2, 2, 2]])).tolist() == [.25, 1.]
+
+
 def test_chance_makes_gaps_and_bias_makes_more():
     rng = np.random.default_rng(5)
     groups, where = np.array(list("abcd")*30), np.arange(120).astype(str)
@@ -183,6 +187,7 @@ def test_what_is_compared():
     assert {n for n, _ in compare_groups(judged, repeats=50)[0]} == {"accuracy"}
     true_yes = [j for j in judged if j.label == "yes"]
     assert rates["true positive rate", "kind"][0].rate.mean == pytest.approx(np.mean([j.said == "yes" for j in true_yes if j.groups["kind"] == "x"]))
+    assert rates["false positive rate", "kind"][0].rate.mean == pytest.approx(np.mean([j.said == "yes" for j in judged if j.label == "no" and j.groups["kind"] == "x"]))
     assert rates["false positive rate", "kind"][0].n == sum(j.label == "no" and j.groups["kind"] == "x" for j in judged)
 
 
@@ -208,6 +213,8 @@ def test_a_group_of_one_is_named_and_has_no_number():
     assert not any("rare" in r["name"] for r in section.rows)
     assert any("by kind: rare (1 text of 1 cluster)" in n and "A rate takes 10 clusters" in n for n in section.notes)
     assert not any("<text" in f and "rare" in f for f in section.figures)
+    rows = {r["name"]: r["mean"] for r in section.rows}
+    assert rows["accuracy, worst group"] == min(m for n, m in rows.items() if n.startswith(("accuracy, kind", "accuracy, length")))
 
 
 def test_nothing_a_text_and_a_silent_classifier():
@@ -238,8 +245,8 @@ def test_items_keep_no_text_and_the_seed_decides():
 def test_findings_are_red():
     judged = plant_errors(fair_twin(world(), seed=4), "kind", "z", .5)
     rates, tests = compare_groups(judged, repeats=400)
-    lines = lambda tests: [c.get_color() for ax in group_figure(rates, tests).axes for c in ax.get_lines() if c.get_marker() == "o"]
-    assert "C3" in lines(tests) and "C3" not in lines([]) and len(lines([])) == sum(len(g) for (n, _), g in rates.items() if n == "accuracy")
+    points = lambda tests: {c.get_color():len(c.get_xdata()) for ax in group_figure(rates, tests).axes for c in ax.get_lines() if c.get_marker() == "o"}
+    assert points(tests)["C3"] == sum(t.p < .05 and t.rate == "accuracy" for t in tests) > 0 and points([]) == {"C0": sum(len(g) for (n, _), g in rates.items() if n == "accuracy")}
 
 
 # --- twins and planted errors --------------------------------------------------------------------------------------
