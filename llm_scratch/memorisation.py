@@ -213,8 +213,8 @@ def longest_runs(
 )->np.ndarray: # `(n,)` int, words and marks
     "How many words in a row of each text stand so in a training text?"
     number = {}
-    def row(some:Sequence[str], end:int)->np.ndarray: # every text is followed by a number that stands nowhere else
-        return _stirred(np.array([x for i,t in enumerate(some) for x in (*(number.setdefault(w, len(number)) for w in split_words(t)), end-2*i)], dtype=np.int64))
+    def row(some:Sequence[str], end:int)->np.ndarray: # every text is followed by a number that the other row does not have
+        return _stirred(np.array([x for t in some for x in (*(number.setdefault(w, len(number)) for w in split_words(t)), end)], dtype=np.int64))
     read,said = row(train_texts, -1),row(texts, -2)
     owner = np.repeat(np.arange(len(texts)), [len(split_words(t))+1 for t in texts])
     out,at = np.zeros(len(texts), int),np.arange(len(said))
