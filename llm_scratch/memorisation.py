@@ -113,7 +113,7 @@ def made_up_contacts(
     n:int, # people
     seed:int=0, # of names and numbers
 )->list[str]: # a line for each
-    "Addresses and numbers of nobody: `example.org` and the numbers 555-0100 to 555-0199 are kept free for stories (RFC 2606)."
+    "Addresses and numbers of nobody: `example.org` and the numbers 555-0100 to 555-0199 are kept free for such uses (RFC 2606; the North American numbering plan)."
     rng = random.Random(seed)
     return [f"Questions? Ask {name}: {name.lower().replace(' ', '.')}@example.org or +1 {rng.randint(2, 9)}{rng.randint(0, 99):02} 555 01{rng.randint(0, 99):02}.\n" for name in made_up_names(n, seed)]
 
