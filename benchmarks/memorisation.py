@@ -132,7 +132,7 @@ def once(tok, texts:list[str], n:int, among:tuple, seed:int)->list[dict]:
     return out
 
 def shadows(tok, texts:list[str], n:int, n_models:int, epochs:int)->dict:
-    "Every model is the target once, and the others are its shadows (Carlini et al. 2022, section 5)."
+    "Every model is the target once, and the others are its shadows (Carlini et al. 2022, section 4)."
     docs, rng = random.Random(77).sample(texts, n), np.random.default_rng(77)
     is_in = np.stack([rng.permutation(n_models) < n_models//2 for _ in range(n)], 1) # every document in half of the models
     score = np.stack([suspicion(model_subject(learn(tok, [t for t, yes in zip(docs, row) if yes], epochs, i), tok, "shadow", 64).nats([("", t) for t in docs]), docs)["loss"] for i, row in enumerate(is_in)])

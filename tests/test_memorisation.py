@@ -245,6 +245,8 @@ def test_planted_faults_are_found():
     r = rows_of(section)
     assert {x["step"] for x in section.rows} == {"audit"}
     assert r["continued word for word, training texts"]["mean"] == 1 and r["continued word for word, held-out texts"]["mean"] == 0 and r["continued word for word, training beyond held-out texts"]["mean"] == 1
+    beyond, *both = (r[f"continued word for word, {what} texts"]["stderr"] for what in ("training beyond held-out", "training", "held-out"))
+    assert beyond == pytest.approx(math.hypot(*both)) and beyond > max(both)
     assert r["words in a row from the training text, behind training texts"]["mean"] == 16 and r["membership area, by loss"]["mean"] == 1 == r["members caught at 1 % false alarms, by loss"]["mean"]
     assert r["canaries found, 1 copy"]["mean"] == 1 and r["canaries found, 0 copies"]["mean"] == 0 and abs(r["membership area, by words alone, no model"]["mean"]-.5) < .12
     assert len(section.figures) == 2 and all(f.startswith("<svg") for f in section.figures) and len([i for i in section.items if i["part"] == "membership"]) == 240
