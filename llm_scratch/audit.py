@@ -165,11 +165,11 @@ def audit_rows(
 def audit_verdicts(
     brief:Brief|None, # its gates of the step "audit" are looked at
     ends:Sequence[Ended], # of an audit
-)->list[Verdict]: # one for each gate; a pass by a vacuous rate is "not measured"
+)->list[Verdict]: # one for each gate; a vacuous rate that breaks no promise is "not measured"
     "Which promises were shown to hold."
     rows = audit_rows(ends)
     hollow = {row["name"] for row in rows if row["vacuous"]}
-    return [Verdict(v.gate, "not measured", v.mean, v.stderr, v.n) if v.outcome == "pass" and v.gate.metric in hollow else v for v in (check_gates(brief, rows, "audit") if brief else [])]
+    return [Verdict(v.gate, "not measured", v.mean, v.stderr, v.n) if v.outcome != "fail" and v.gate.metric in hollow else v for v in (check_gates(brief, rows, "audit") if brief else [])]
 
 # %% ../nbs/09h_audit.ipynb #09h026
 STATES = {"met":"✓", "not met":"✗", "not measured":"?", "not applicable":"–", "for people":"☐"} # what a rule can find, and its sign
@@ -459,11 +459,11 @@ def forest_figure(
     rates = [r for r in rows if -1 <= r["mean"] <= 1 and 0 < r["stderr"] < math.inf and not r["name"].endswith(_LUCK)]
     if not rates: return None
     parts = list(dict.fromkeys(r["part"] for r in rates))
-    fig = Figure(figsize=(4.6, .7+.34*(len(rates)+len(parts))), layout="constrained")
+    fig = Figure(figsize=(4.6, .7+.34*(len(rates)+1.3*len(parts))), layout="constrained")
     ax,y = fig.subplots(),0.
     def say(text:str, **how:object)->None: ax.annotate(text if len(text) < 76 else text[:74]+"…", (0, y-.45), xycoords=("axes fraction", "data"), va="center", **how).set_in_layout(False)
     for part in parts:
-        y += 1
+        y += 1.3
         say(PARTS.get(part, part), fontsize=8, weight="bold", color=(colour := f"C{parts.index(part) % 10}"))
         for r in (r for r in rates if r["part"] == part):
             y += 1
@@ -494,7 +494,7 @@ def main_rows(
 # %% ../nbs/09h_audit.ipynb #09h055
 class Piece(NamedTuple):
     "A piece of a page."
-    kind:str # "heading", "text", "list", "table" or "figure"
+    kind:str # "heading", "text", "small", "list", "table" or "figure"
     what:object # a text; a list of texts; head and rows; or name, SVG and caption
     key:str = "" # of a heading: what links to it
 
@@ -504,6 +504,7 @@ def html_of(
     "A block for a browser."
     if block.kind == "heading": return f'<h2 id="{escape(block.key)}">{escape(block.what)}</h2>'
     if block.kind == "text": return f"<p>{escape(block.what)}</p>"
+    if block.kind == "small": return f"<p><small>{escape(block.what)}</small></p>"
     if block.kind == "list": return f"<ul>{''.join(f'<li>{escape(x)}</li>' for x in block.what)}</ul>"
     if block.kind == "table": return html_table(*block.what)
     _,svg,caption = block.what
@@ -516,7 +517,7 @@ def markdown_of(
 )->str: # Markdown
     "A block for a file in version control; figures are files beside it."
     if block.kind == "heading": return f"## {_quiet(block.what)}"
-    if block.kind == "text": return _quiet(block.what)
+    if block.kind in ("text", "small"): return _quiet(block.what)
     if block.kind == "list": return "\n".join(f"- {_quiet(x)}" for x in block.what)
     if block.kind == "table": return markdown_table([_quiet(x) for x in block.what[0]], ([_quiet(x) for x in row] for row in block.what[1]))
     name,_,caption = block.what
@@ -663,7 +664,7 @@ def audit_blocks(
         evaluation=[_rows_table(results)] if results else [Piece("text", "Not measured: there is no results.jsonl.")],
         evidence=[Piece("table", (("file", "SHA-256 begins"), [(name, digest[:16]) for name,digest in evidence.files.items()])), Piece("text", _SEAL)]) | {name:part_blocks(evidence.ends, name) for name in PARTS}
     asked = {key:[i.id for i in CHECKLIST if key in i.sections] for key in SECTIONS}
-    return [b for key,title in SECTIONS.items() for b in (Piece("heading", title, key), *body[key], Piece("text", f"Asked for by {', '.join(asked[key])}."))]
+    return [b for key,title in SECTIONS.items() for b in (Piece("heading", title, key), *body[key], Piece("small", f"Asked for by {', '.join(asked[key])}."))]
 
 # %% ../nbs/09h_audit.ipynb #09h066
 TASK_TAGS = {"write":"text-generation", "chat":"text-generation", "classify":"text-classification", "search":"feature-extraction", "fill":"fill-mask", "rewrite":"text-generation"} # of the Hub, by task of a brief
