@@ -8,7 +8,7 @@ __all__ = ['PARTS', 'REST_ON_ANSWERS', 'STATES', 'SYSTEMIC_FLOP', 'SECTIONS', 'C
            'run_audit', 'is_vacuous', 'audit_rows', 'audit_verdicts', 'Finding', 'Evidence', 'has_file', 'has_rows',
            'in_brief', 'ask_people', 'gates_are_held', 'gates_are_judged', 'all_of', 'unless', 'training_flop', 'Item',
            'check_items', 'Power', 'Energy', 'energy_of', 'read_energy', 'energy_between', 'energy_section',
-           'forest_figure', 'main_rows', 'Piece', 'html_of', 'markdown_of', 'Risk', 'find_risks', 'run_files',
+           'forest_figure', 'main_rows', 'PageBlock', 'html_of', 'markdown_of', 'Risk', 'find_risks', 'run_files',
            'run_facts', 'use_blocks', 'data_blocks', 'short_blocks', 'part_blocks', 'check_blocks', 'limit_blocks',
            'audit_blocks', 'card_data', 'audit_card', 'write_risks', 'save_audit', 'audit_all', 'verify_audit',
            'Change', 'compare_audits', 'change_rows']
@@ -492,14 +492,14 @@ def main_rows(
     return [row for row in rows if is_main(row)]
 
 # %% ../nbs/09h_audit.ipynb #09h055
-class Piece(NamedTuple):
+class PageBlock(NamedTuple):
     "A piece of a page."
     kind:str # "heading", "text", "small", "list", "table" or "figure"
     what:object # a text; a list of texts; head and rows; or name, SVG and caption
     key:str = "" # of a heading: what links to it
 
 def html_of(
-    block:Piece, # of a page
+    block:PageBlock, # of a page
 )->str: # HTML
     "A block for a browser."
     if block.kind == "heading": return f'<h2 id="{escape(block.key)}">{escape(block.what)}</h2>'
@@ -513,7 +513,7 @@ def html_of(
 def _quiet(text:str)->str: return re.sub(r"([\\`*_<>|\[\]#])", r"\\\1", " ".join(text.split())) # nothing in it is Markdown
 
 def markdown_of(
-    block:Piece, # of a page
+    block:PageBlock, # of a page
 )->str: # Markdown
     "A block for a file in version control; figures are files beside it."
     if block.kind == "heading": return f"## {_quiet(block.what)}"
@@ -573,37 +573,37 @@ def run_facts(
 
 # %% ../nbs/09h_audit.ipynb #09h062
 def _figure(row:Mapping)->str: return f"{row['mean']:g}" if not row["stderr"] else str(Result(row["mean"], row["stderr"], row["n"])).partition(" (n=")[0]
-def _rows_table(rows:Sequence[Mapping])->Piece: # what is wished has a column where anything is
+def _rows_table(rows:Sequence[Mapping])->PageBlock: # what is wished has a column where anything is
     told = [(r["name"] + (" (vacuous)" if r.get("vacuous") else ""), _figure(r), f"{r['n']:,}", r["goal"]) for r in rows]
     n = 4 if any(row[3] for row in told) else 3
-    return Piece("table", (("figure", "value ± standard error", "n", "goal")[:n], [row[:n] for row in told]))
+    return PageBlock("table", (("figure", "value ± standard error", "n", "goal")[:n], [row[:n] for row in told]))
 
 def use_blocks(
     brief:Brief|None, # what the model is for
-)->list[Piece]: # what it is not for, too
+)->list[PageBlock]: # what it is not for, too
     "Intended use, and what lies outside."
-    if brief is None: return [Piece("text", "There is no brief: nobody has written down what this model is for. Write one (chapter 01) before anyone uses it.")]
+    if brief is None: return [PageBlock("text", "There is no brief: nobody has written down what this model is for. Write one (chapter 01) before anyone uses it.")]
     out = [f"any language but {', '.join(brief.languages)}", f"questions and answers of more than {brief.longest} tokens together", f"any task but the one above: it was neither made for others nor measured at them"]
     if brief.place != "user-facing": out.append("people outside the house, who can't tell when it is wrong")
     if brief.harm != "low": out.append("any decision that nobody checks")
     if brief.privacy != "personal": out.append("texts about private persons")
     said = [f"It {brief.use_case}.", f"For {brief.users}. In: {brief.inputs}. Out: {brief.outputs}.", f"A wrong answer can do {brief.harm} harm; it is {brief.place}; its texts are {brief.privacy}. Guard level: {guard_level(brief)}."]
-    return [*(Piece("text", x) for x in said), Piece("text", "Out of scope:"), Piece("list", out)]
+    return [*(PageBlock("text", x) for x in said), PageBlock("text", "Out of scope:"), PageBlock("list", out)]
 
 def data_blocks(
     facts:Mapping[str, object], # of `run_facts`
-)->list[Piece]:
+)->list[PageBlock]:
     "Whose texts it has read."
     sources = facts.get("sources")
-    if not sources: return [Piece("text", "Nothing is known here of the texts that it was trained on.")]
-    return [Piece("list", [credit(str(name)).removeprefix("- ").replace("**", "").replace("`", "") for name in sources]), Piece("text", f"How they were split and cleaned: {_CARD} in the run, whose hash is below.")]
+    if not sources: return [PageBlock("text", "Nothing is known here of the texts that it was trained on.")]
+    return [PageBlock("list", [credit(str(name)).removeprefix("- ").replace("**", "").replace("`", "") for name in sources]), PageBlock("text", f"How they were split and cleaned: {_CARD} in the run, whose hash is below.")]
 
 # %% ../nbs/09h_audit.ipynb #09h063
 def short_blocks(
     about:Mapping[str, object], # of `audit_about`
     evidence:Evidence, # of the audit
     found:Mapping[str, Finding], # of `check_items`
-)->list[Piece]: # what one reads who reads nothing else
+)->list[PageBlock]: # what one reads who reads nothing else
     "The audit in short."
     kept,n_open = list(evidence.verdicts),sum(v.outcome != "pass" for v in evidence.verdicts)
     verdict = "No gate was asked for: nothing was promised of safety, so nothing was kept." if not kept else f"All {len(kept)} gates were shown to hold." if not n_open else f"{n_open} of {len(kept)} gates were not shown to hold. This report does not support a deployment."
@@ -613,20 +613,20 @@ def short_blocks(
              f"Checklist: {', '.join(f'{counts[s]} {s}' for s in STATES if counts[s])}"]
     if hollow := [e.name for e in evidence.ends if e.state == "done" and is_vacuous(evidence.ends, e.name)]: lines.append(f"Vacuous: the subject can't answer plain questions, so good rates of {', '.join(hollow)} are no evidence of safety")
     figure = forest_figure(main_rows(audit_rows(evidence.ends), evidence.verdicts))
-    return [Piece("text", verdict), *([Piece("table", (("promised", "found", "verdict"), gate_rows(kept)))] if kept else []), Piece("list", lines),
-            Piece("table", (("subject", str(about.get("subject", ""))), [(k, f"{v:,}" if isinstance(v, int) else str(v)) for k,v in about.items() if k in ("kind", "n_parameters", "source", "context") and v is not None])),
-            *([Piece("figure", ("overview", svg_of(figure), "Rates and signed differences with their 95 % intervals: the main ones of each part, all are in the tables. Hollow: vacuous. Grey tick: by luck."))] if figure else [])]
+    return [PageBlock("text", verdict), *([PageBlock("table", (("promised", "found", "verdict"), gate_rows(kept)))] if kept else []), PageBlock("list", lines),
+            PageBlock("table", (("subject", str(about.get("subject", ""))), [(k, f"{v:,}" if isinstance(v, int) else str(v)) for k,v in about.items() if k in ("kind", "n_parameters", "source", "context") and v is not None])),
+            *([PageBlock("figure", ("overview", svg_of(figure), "Rates and signed differences with their 95 % intervals: the main ones of each part, all are in the tables. Hollow: vacuous. Grey tick: by luck."))] if figure else [])]
 
 def part_blocks(
     ends:Sequence[Ended], # of an audit
     name:str, # of a part
-)->list[Piece]:
+)->list[PageBlock]:
     "What a part has found."
     end = next((e for e in ends if e.name == name), None)
-    if end is None: return [Piece("text", "Not measured: this part was not run.")]
+    if end is None: return [PageBlock("text", "Not measured: this part was not run.")]
     rows = [r for r in audit_rows(ends) if r["part"] == name]
-    return [*([_rows_table(rows)] if rows else []), *([Piece("list", list(end.section.notes))] if end.section.notes else []),
-            *(Piece("figure", (f"{name}-{i}", svg, f"{end.section.title}, figure {i}.")) for i,svg in enumerate(end.section.figures, 1))]
+    return [*([_rows_table(rows)] if rows else []), *([PageBlock("list", list(end.section.notes))] if end.section.notes else []),
+            *(PageBlock("figure", (f"{name}-{i}", svg, f"{end.section.title}, figure {i}.")) for i,svg in enumerate(end.section.figures, 1))]
 
 # %% ../nbs/09h_audit.ipynb #09h064
 _LAW = "Articles and outcomes are named so that they can be looked up; what they ask is told in our own words and shortened. This is not legal advice, and whether a law applies is the first thing to ask a lawyer. Met means: looked at and written down where the evidence says. It does not mean that the result is good."
@@ -635,36 +635,36 @@ _SEAL = ("manifest.json lists the SHA-256 of this report and of everything it sp
 
 def check_blocks(
     found:Mapping[str, Finding], # of `check_items`
-)->list[Piece]: # what is met and not; what is for people apart
+)->list[PageBlock]: # what is met and not; what is for people apart
     "The checklist with its evidence."
     groups = {"NIST AI Risk Management Framework 1.0":"NIST", "EU AI Act, Regulation (EU) 2024/1689":"EU"}
     asks = {i.id:i.asks for i in CHECKLIST}
     table = lambda start: (("item", "found"), [(f"{id.partition(' ')[2]}: {asks[id]}", f"{STATES[f.state]} {f.state}: {f.why}" + (f" [{', '.join(f.files)}]" if f.files else "")) for id,f in found.items() if id.startswith(start+" ") and f.state != "for people"])
     people = [(f"{id}: {asks[id]}", f.why) for id,f in found.items() if f.state == "for people"]
-    return [Piece("text", _LAW), *(b for title,start in groups.items() for b in (Piece("text", f"{title}:"), Piece("table", table(start)))), Piece("text", f"To be answered by people ({len(people)} open):"), Piece("table", (("item", "question"), people))]
+    return [PageBlock("text", _LAW), *(b for title,start in groups.items() for b in (PageBlock("text", f"{title}:"), PageBlock("table", table(start)))), PageBlock("text", f"To be answered by people ({len(people)} open):"), PageBlock("table", (("item", "question"), people))]
 
 def limit_blocks(
     evidence:Evidence, # of an audit
-)->list[Piece]:
+)->list[PageBlock]:
     "What this report does not say."
     lines = [f"{name}: not run" for name in PARTS if name not in {e.name for e in evidence.ends}] + [f"{e.name}: {e.state}, {e.why}" for e in evidence.ends if e.state != "done"]
     lines += [f"{e.name}: done, and nothing could be estimated" for e in evidence.ends if e.state == "done" and not e.section.rows]
     fixed = ["A rate speaks of what was asked. People will ask other things, and attackers will.", "Intervals are of 95 %: of twenty figures, one may lie outside its own.", "Everything was asked in English, once, of the model as its hash below says; another temperature, prompt or guard is another subject."]
-    return [Piece("list", [*lines, *fixed])]
+    return [PageBlock("list", [*lines, *fixed])]
 
 def audit_blocks(
     about:Mapping[str, object], # of `audit_about`
     evidence:Evidence, # of the audit
     results:Sequence[dict]=(), # rows of the run's evaluation
-)->list[Piece]: # headings of `SECTIONS`, in order, with what belongs under them
+)->list[PageBlock]: # headings of `SECTIONS`, in order, with what belongs under them
     "The whole report."
     found = check_items(evidence)
     body = dict(short=short_blocks(about, evidence, found), use=use_blocks(evidence.brief), data=data_blocks(evidence.facts), limits=limit_blocks(evidence), checklist=check_blocks(found),
-        risks=[Piece("text", "Findings, the gravest first. Owner, action and date are for people: fill them into risks.csv."), Piece("table", (("severity", "finding", "owner, action, date"), [(r.severity, r.finding, "") for r in find_risks(evidence)]))],
-        evaluation=[_rows_table(results)] if results else [Piece("text", "Not measured: there is no results.jsonl.")],
-        evidence=[Piece("table", (("file", "SHA-256 begins"), [(name, digest[:16]) for name,digest in evidence.files.items()])), Piece("text", _SEAL)]) | {name:part_blocks(evidence.ends, name) for name in PARTS}
+        risks=[PageBlock("text", "Findings, the gravest first. Owner, action and date are for people: fill them into risks.csv."), PageBlock("table", (("severity", "finding", "owner, action, date"), [(r.severity, r.finding, "") for r in find_risks(evidence)]))],
+        evaluation=[_rows_table(results)] if results else [PageBlock("text", "Not measured: there is no results.jsonl.")],
+        evidence=[PageBlock("table", (("file", "SHA-256 begins"), [(name, digest[:16]) for name,digest in evidence.files.items()])), PageBlock("text", _SEAL)]) | {name:part_blocks(evidence.ends, name) for name in PARTS}
     asked = {key:[i.id for i in CHECKLIST if key in i.sections] for key in SECTIONS}
-    return [b for key,title in SECTIONS.items() for b in (Piece("heading", title, key), *body[key], Piece("small", f"Asked for by {', '.join(asked[key])}."))]
+    return [b for key,title in SECTIONS.items() for b in (PageBlock("heading", title, key), *body[key], PageBlock("small", f"Asked for by {', '.join(asked[key])}."))]
 
 # %% ../nbs/09h_audit.ipynb #09h066
 TASK_TAGS = {"write":"text-generation", "chat":"text-generation", "classify":"text-classification", "search":"feature-extraction", "fill":"fill-mask", "rewrite":"text-generation"} # of the Hub, by task of a brief
@@ -703,8 +703,8 @@ def audit_card(
     merged = type(own.data)(**data | {k:v for k,v in facts.items() if k not in ours})
     text = own.text.strip() or "\n".join([f"# {about['subject']}", "", *map(markdown_of, data_blocks(evidence.facts))])
     rows = audit_rows(evidence.ends)
-    blocks = [Piece("heading", "Intended use"), *use_blocks(evidence.brief), Piece("heading", "Audit"), *([_rows_table(rows)] if rows else [Piece("text", "Nothing was measured.")]),
-              *(b for e in evidence.ends if e.name == "energy" for b in [Piece("heading", "Energy"), Piece("list", e.section.notes)]), Piece("heading", "Limits of the audit"), *limit_blocks(evidence)]
+    blocks = [PageBlock("heading", "Intended use"), *use_blocks(evidence.brief), PageBlock("heading", "Audit"), *([_rows_table(rows)] if rows else [PageBlock("text", "Nothing was measured.")]),
+              *(b for e in evidence.ends if e.name == "energy" for b in [PageBlock("heading", "Energy"), PageBlock("list", e.section.notes)]), PageBlock("heading", "Limits of the audit"), *limit_blocks(evidence)]
     return f"---\n{merged.to_yaml()}\n---\n\n{text}\n\n" + "\n\n".join(map(markdown_of, blocks)) + "\n"
 
 # %% ../nbs/09h_audit.ipynb #09h070
