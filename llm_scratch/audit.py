@@ -425,7 +425,7 @@ def _range(low:float, high:float, unit:str)->str: return f"{low:.2g} to {high:.2
 
 def energy_section(
     facts:Mapping[str, object], # of `run_facts`: `seconds`, `updates`, and `device`, where there is a log
-    n_devices:float=1., # cores or accelerators that were busy
+    n_devices:float|None=None, # cores or accelerators that were busy; None: what the run says, and of a CPU, where it does not, from one core to all of this machine
     power:Power|None=None, # what is known of them; None: the usual range of the device
     kwh:float|None=None, # counted, of `energy_between`; None: nothing counted
 )->Section:
@@ -433,8 +433,10 @@ def energy_section(
     seconds,device = facts.get("seconds"),str(facts.get("device", "cpu"))
     if not seconds: return Section(PARTS["energy"], [], ["Not measured: there is no log of a training here, so nothing is known of its time."], [], [])
     power = power or POWERS.get(device, POWERS["cuda"])
-    e = energy_of(seconds, power, n_devices)
-    notes = [f"An estimate: the training computed for {seconds:,.0f} seconds on {n_devices:g} {'core' if device == 'cpu' else 'accelerator'}{'s'[:n_devices != 1]} ({device}). Energy {_range(*e.kwh, 'kWh')}, carbon dioxide {_range(*e.grams, 'g')}.",
+    n = n_devices or facts.get("n_devices")
+    least,most = (n, n) if n else (1, os.cpu_count() or 1)
+    e = Energy(*((low[0], high[1]) for low,high in zip(energy_of(seconds, power, least), energy_of(seconds, power, most))))
+    notes = [f"An estimate: the training computed for {seconds:,.0f} seconds on {f'{least:g}' if least == most else f'{least:g} to {most:g}'} {'core' if device == 'cpu' else 'accelerator'}{'s'[:most != 1]} ({device}). Energy {_range(*e.kwh, 'kWh')}, carbon dioxide {_range(*e.grams, 'g')}.",
              f"Assumed, not measured: {power.watts[0]:g} to {power.watts[1]:g} W each, times {power.overhead[0]:g} to {power.overhead[1]:g} for the building, {power.grams[0]:g} to {power.grams[1]:g} g of carbon dioxide for a kWh (Lacoste et al. 2019; Strubell et al. 2019). Making the hardware, tries that failed, and use are not in it."]
     if kwh is not None: notes.append(f"Counted by the processor: {kwh:.3g} kWh, for the whole package and all that ran on it, without the building.")
     return Section(PARTS["energy"], [report_row("seconds of training", Result(float(seconds), 0., int(facts.get("updates", 1))), step="audit")], notes, [], [])
@@ -563,12 +565,13 @@ def _lines_of(path:Path)->list[dict]: return [json.loads(line) for line in path.
 
 def run_facts(
     run:str|Path|None, # directory of a run, or of a model; None: there is none
-)->dict[str, object]: # what is known: `sources`, `device`, `updates`, `tokens`, `seconds`
+)->dict[str, object]: # what is known: `sources`, `device`, `n_devices`, `updates`, `tokens`, `seconds`
     "What a run says of its training."
     if not run: return {}
     saved = read_json(Path(run)/"run.json") if (Path(run)/"run.json").is_file() else {}
     preset,log = saved.get("preset", {}) if isinstance(saved, dict) else {},read_rows(Path(run)/"log.jsonl") if (Path(run)/"log.jsonl").is_file() else []
     facts = {k:preset[k] for k in ("sources", "device") if k in preset}
+    if facts.get("device", "cpu") != "cpu": facts["n_devices"] = preset.get("nodes", 1)*preset.get("per_node", 1)
     return facts | (dict(updates=len(log), tokens=sum(r["n_tokens"] for r in log), seconds=sum(r["seconds"] for r in log)) if log else {})
 
 # %% ../nbs/09h_audit.ipynb #09h062

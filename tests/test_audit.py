@@ -2,6 +2,7 @@
 import csv
 import hashlib
 import json
+import os
 import re
 import signal
 import threading
@@ -273,6 +274,9 @@ def test_counters_are_read_where_there_are_any_and_may_run_over(tmp_path):
 def test_the_section_on_energy_says_what_is_assumed():
     s = energy_section(dict(seconds=100., updates=4, device="cuda"), 2, kwh=.5)
     assert s.rows[0]["mean"] == 100 and s.rows[0]["n"] == 4 and "200 to 700 W" in s.notes[1] and "2 accelerators" in s.notes[0] and "0.5 kWh" in s.notes[2] and "estimate" in s.notes[0]
+    unsaid = energy_section(dict(seconds=3.6e6, device="cpu"), power=Power((10., 20.), (1., 1.), (1., 1.))).notes[0] # one core, or all of them
+    assert f"Energy 10 to {20*os.cpu_count():.2g} kWh" in unsaid and (os.cpu_count() == 1 or f"on 1 to {os.cpu_count()} cores" in unsaid)
+    assert "on 6 accelerators" in energy_section(dict(seconds=1., device="cuda", n_devices=6)).notes[0]
     none = energy_section({})
     assert none.rows == [] and "Not measured" in none.notes[0]
 
@@ -322,6 +326,8 @@ def test_a_folder_of_a_model_is_a_run_with_less_to_show(tmp_path):
 
 def test_facts_of_a_run(tmp_path):
     assert run_facts(make_run(tmp_path)) == dict(sources=["recipes"], device="cpu", updates=8, tokens=800., seconds=4.)
+    (tmp_path/"run.json").write_text(json.dumps(dict(preset=dict(device="cuda", nodes=2, per_node=8))))
+    assert run_facts(tmp_path)["n_devices"] == 16
 
 
 def test_intended_use_names_what_is_outside():
