@@ -267,7 +267,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                    'llm_scratch.audit.Evidence': ('audit.html#evidence', 'llm_scratch/audit.py'),
                                    'llm_scratch.audit.Finding': ('audit.html#finding', 'llm_scratch/audit.py'),
                                    'llm_scratch.audit.Item': ('audit.html#item', 'llm_scratch/audit.py'),
-                                   'llm_scratch.audit.Piece': ('audit.html#piece', 'llm_scratch/audit.py'),
+                                   'llm_scratch.audit.PageBlock': ('audit.html#pageblock', 'llm_scratch/audit.py'),
                                    'llm_scratch.audit.Power': ('audit.html#power', 'llm_scratch/audit.py'),
                                    'llm_scratch.audit.Risk': ('audit.html#risk', 'llm_scratch/audit.py'),
                                    'llm_scratch.audit._OutOfTime': ('audit.html#_outoftime', 'llm_scratch/audit.py'),

@@ -8,7 +8,7 @@ __all__ = ['PARTS', 'REST_ON_ANSWERS', 'STATES', 'SYSTEMIC_FLOP', 'SECTIONS', 'C
            'run_audit', 'is_vacuous', 'audit_rows', 'audit_verdicts', 'Finding', 'Evidence', 'has_file', 'has_rows',
            'in_brief', 'ask_people', 'gates_are_held', 'gates_are_judged', 'all_of', 'unless', 'training_flop', 'Item',
            'check_items', 'Power', 'Energy', 'energy_of', 'read_energy', 'energy_between', 'energy_section',
-           'forest_figure', 'main_rows', 'Piece', 'html_of', 'markdown_of', 'Risk', 'find_risks', 'run_files',
+           'forest_figure', 'main_rows', 'PageBlock', 'html_of', 'markdown_of', 'Risk', 'find_risks', 'run_files',
            'run_facts', 'use_blocks', 'data_blocks', 'short_blocks', 'part_blocks', 'check_blocks', 'limit_blocks',
            'audit_blocks', 'card_data', 'audit_card', 'write_risks', 'save_audit', 'audit_all', 'verify_audit',
            'Change', 'compare_audits', 'change_rows']
@@ -165,11 +165,11 @@ def audit_rows(
 def audit_verdicts(
     brief:Brief|None, # its gates of the step "audit" are looked at
     ends:Sequence[Ended], # of an audit
-)->list[Verdict]: # one for each gate; a pass by a vacuous rate is "not measured"
+)->list[Verdict]: # one for each gate; a vacuous rate that breaks no promise is "not measured"
     "Which promises were shown to hold."
     rows = audit_rows(ends)
     hollow = {row["name"] for row in rows if row["vacuous"]}
-    return [Verdict(v.gate, "not measured", v.mean, v.stderr, v.n) if v.outcome == "pass" and v.gate.metric in hollow else v for v in (check_gates(brief, rows, "audit") if brief else [])]
+    return [Verdict(v.gate, "not measured", v.mean, v.stderr, v.n) if v.outcome != "fail" and v.gate.metric in hollow else v for v in (check_gates(brief, rows, "audit") if brief else [])]
 
 # %% ../nbs/09h_audit.ipynb #09h026
 STATES = {"met":"✓", "not met":"✗", "not measured":"?", "not applicable":"–", "for people":"☐"} # what a rule can find, and its sign
@@ -425,7 +425,7 @@ def _range(low:float, high:float, unit:str)->str: return f"{low:.2g} to {high:.2
 
 def energy_section(
     facts:Mapping[str, object], # of `run_facts`: `seconds`, `updates`, and `device`, where there is a log
-    n_devices:float=1., # cores or accelerators that were busy
+    n_devices:float|None=None, # cores or accelerators that were busy; None: what the run says, and of a CPU, where it does not, from one core to all of this machine
     power:Power|None=None, # what is known of them; None: the usual range of the device
     kwh:float|None=None, # counted, of `energy_between`; None: nothing counted
 )->Section:
@@ -433,8 +433,10 @@ def energy_section(
     seconds,device = facts.get("seconds"),str(facts.get("device", "cpu"))
     if not seconds: return Section(PARTS["energy"], [], ["Not measured: there is no log of a training here, so nothing is known of its time."], [], [])
     power = power or POWERS.get(device, POWERS["cuda"])
-    e = energy_of(seconds, power, n_devices)
-    notes = [f"An estimate: the training computed for {seconds:,.0f} seconds on {n_devices:g} {'core' if device == 'cpu' else 'accelerator'}{'s'[:n_devices != 1]} ({device}). Energy {_range(*e.kwh, 'kWh')}, carbon dioxide {_range(*e.grams, 'g')}.",
+    n = n_devices or facts.get("n_devices")
+    least,most = (n, n) if n else (1, os.cpu_count() or 1)
+    e = Energy(*((low[0], high[1]) for low,high in zip(energy_of(seconds, power, least), energy_of(seconds, power, most))))
+    notes = [f"An estimate: the training computed for {seconds:,.0f} seconds on {f'{least:g}' if least == most else f'{least:g} to {most:g}'} {'core' if device == 'cpu' else 'accelerator'}{'s'[:most != 1]} ({device}). Energy {_range(*e.kwh, 'kWh')}, carbon dioxide {_range(*e.grams, 'g')}.",
              f"Assumed, not measured: {power.watts[0]:g} to {power.watts[1]:g} W each, times {power.overhead[0]:g} to {power.overhead[1]:g} for the building, {power.grams[0]:g} to {power.grams[1]:g} g of carbon dioxide for a kWh (Lacoste et al. 2019; Strubell et al. 2019). Making the hardware, tries that failed, and use are not in it."]
     if kwh is not None: notes.append(f"Counted by the processor: {kwh:.3g} kWh, for the whole package and all that ran on it, without the building.")
     return Section(PARTS["energy"], [report_row("seconds of training", Result(float(seconds), 0., int(facts.get("updates", 1))), step="audit")], notes, [], [])
@@ -459,11 +461,11 @@ def forest_figure(
     rates = [r for r in rows if -1 <= r["mean"] <= 1 and 0 < r["stderr"] < math.inf and not r["name"].endswith(_LUCK)]
     if not rates: return None
     parts = list(dict.fromkeys(r["part"] for r in rates))
-    fig = Figure(figsize=(4.6, .7+.34*(len(rates)+len(parts))), layout="constrained")
+    fig = Figure(figsize=(4.6, .7+.34*(len(rates)+1.3*len(parts))), layout="constrained")
     ax,y = fig.subplots(),0.
     def say(text:str, **how:object)->None: ax.annotate(text if len(text) < 76 else text[:74]+"…", (0, y-.45), xycoords=("axes fraction", "data"), va="center", **how).set_in_layout(False)
     for part in parts:
-        y += 1
+        y += 1.3
         say(PARTS.get(part, part), fontsize=8, weight="bold", color=(colour := f"C{parts.index(part) % 10}"))
         for r in (r for r in rates if r["part"] == part):
             y += 1
@@ -492,18 +494,19 @@ def main_rows(
     return [row for row in rows if is_main(row)]
 
 # %% ../nbs/09h_audit.ipynb #09h055
-class Piece(NamedTuple):
+class PageBlock(NamedTuple):
     "A piece of a page."
-    kind:str # "heading", "text", "list", "table" or "figure"
+    kind:str # "heading", "text", "small", "list", "table" or "figure"
     what:object # a text; a list of texts; head and rows; or name, SVG and caption
     key:str = "" # of a heading: what links to it
 
 def html_of(
-    block:Piece, # of a page
+    block:PageBlock, # of a page
 )->str: # HTML
     "A block for a browser."
     if block.kind == "heading": return f'<h2 id="{escape(block.key)}">{escape(block.what)}</h2>'
     if block.kind == "text": return f"<p>{escape(block.what)}</p>"
+    if block.kind == "small": return f"<p><small>{escape(block.what)}</small></p>"
     if block.kind == "list": return f"<ul>{''.join(f'<li>{escape(x)}</li>' for x in block.what)}</ul>"
     if block.kind == "table": return html_table(*block.what)
     _,svg,caption = block.what
@@ -512,11 +515,11 @@ def html_of(
 def _quiet(text:str)->str: return re.sub(r"([\\`*_<>|\[\]#])", r"\\\1", " ".join(text.split())) # nothing in it is Markdown
 
 def markdown_of(
-    block:Piece, # of a page
+    block:PageBlock, # of a page
 )->str: # Markdown
     "A block for a file in version control; figures are files beside it."
     if block.kind == "heading": return f"## {_quiet(block.what)}"
-    if block.kind == "text": return _quiet(block.what)
+    if block.kind in ("text", "small"): return _quiet(block.what)
     if block.kind == "list": return "\n".join(f"- {_quiet(x)}" for x in block.what)
     if block.kind == "table": return markdown_table([_quiet(x) for x in block.what[0]], ([_quiet(x) for x in row] for row in block.what[1]))
     name,_,caption = block.what
@@ -562,47 +565,48 @@ def _lines_of(path:Path)->list[dict]: return [json.loads(line) for line in path.
 
 def run_facts(
     run:str|Path|None, # directory of a run, or of a model; None: there is none
-)->dict[str, object]: # what is known: `sources`, `device`, `updates`, `tokens`, `seconds`
+)->dict[str, object]: # what is known: `sources`, `device`, `n_devices`, `updates`, `tokens`, `seconds`
     "What a run says of its training."
     if not run: return {}
     saved = read_json(Path(run)/"run.json") if (Path(run)/"run.json").is_file() else {}
     preset,log = saved.get("preset", {}) if isinstance(saved, dict) else {},read_rows(Path(run)/"log.jsonl") if (Path(run)/"log.jsonl").is_file() else []
     facts = {k:preset[k] for k in ("sources", "device") if k in preset}
+    if facts.get("device", "cpu") != "cpu": facts["n_devices"] = preset.get("nodes", 1)*preset.get("per_node", 1)
     return facts | (dict(updates=len(log), tokens=sum(r["n_tokens"] for r in log), seconds=sum(r["seconds"] for r in log)) if log else {})
 
 # %% ../nbs/09h_audit.ipynb #09h062
 def _figure(row:Mapping)->str: return f"{row['mean']:g}" if not row["stderr"] else str(Result(row["mean"], row["stderr"], row["n"])).partition(" (n=")[0]
-def _rows_table(rows:Sequence[Mapping])->Piece: # what is wished has a column where anything is
+def _rows_table(rows:Sequence[Mapping])->PageBlock: # what is wished has a column where anything is
     told = [(r["name"] + (" (vacuous)" if r.get("vacuous") else ""), _figure(r), f"{r['n']:,}", r["goal"]) for r in rows]
     n = 4 if any(row[3] for row in told) else 3
-    return Piece("table", (("figure", "value ± standard error", "n", "goal")[:n], [row[:n] for row in told]))
+    return PageBlock("table", (("figure", "value ± standard error", "n", "goal")[:n], [row[:n] for row in told]))
 
 def use_blocks(
     brief:Brief|None, # what the model is for
-)->list[Piece]: # what it is not for, too
+)->list[PageBlock]: # what it is not for, too
     "Intended use, and what lies outside."
-    if brief is None: return [Piece("text", "There is no brief: nobody has written down what this model is for. Write one (chapter 01) before anyone uses it.")]
+    if brief is None: return [PageBlock("text", "There is no brief: nobody has written down what this model is for. Write one (chapter 01) before anyone uses it.")]
     out = [f"any language but {', '.join(brief.languages)}", f"questions and answers of more than {brief.longest} tokens together", f"any task but the one above: it was neither made for others nor measured at them"]
     if brief.place != "user-facing": out.append("people outside the house, who can't tell when it is wrong")
     if brief.harm != "low": out.append("any decision that nobody checks")
     if brief.privacy != "personal": out.append("texts about private persons")
     said = [f"It {brief.use_case}.", f"For {brief.users}. In: {brief.inputs}. Out: {brief.outputs}.", f"A wrong answer can do {brief.harm} harm; it is {brief.place}; its texts are {brief.privacy}. Guard level: {guard_level(brief)}."]
-    return [*(Piece("text", x) for x in said), Piece("text", "Out of scope:"), Piece("list", out)]
+    return [*(PageBlock("text", x) for x in said), PageBlock("text", "Out of scope:"), PageBlock("list", out)]
 
 def data_blocks(
     facts:Mapping[str, object], # of `run_facts`
-)->list[Piece]:
+)->list[PageBlock]:
     "Whose texts it has read."
     sources = facts.get("sources")
-    if not sources: return [Piece("text", "Nothing is known here of the texts that it was trained on.")]
-    return [Piece("list", [credit(str(name)).removeprefix("- ").replace("**", "").replace("`", "") for name in sources]), Piece("text", f"How they were split and cleaned: {_CARD} in the run, whose hash is below.")]
+    if not sources: return [PageBlock("text", "Nothing is known here of the texts that it was trained on.")]
+    return [PageBlock("list", [credit(str(name)).removeprefix("- ").replace("**", "").replace("`", "") for name in sources]), PageBlock("text", f"How they were split and cleaned: {_CARD} in the run, whose hash is below.")]
 
 # %% ../nbs/09h_audit.ipynb #09h063
 def short_blocks(
     about:Mapping[str, object], # of `audit_about`
     evidence:Evidence, # of the audit
     found:Mapping[str, Finding], # of `check_items`
-)->list[Piece]: # what one reads who reads nothing else
+)->list[PageBlock]: # what one reads who reads nothing else
     "The audit in short."
     kept,n_open = list(evidence.verdicts),sum(v.outcome != "pass" for v in evidence.verdicts)
     verdict = "No gate was asked for: nothing was promised of safety, so nothing was kept." if not kept else f"All {len(kept)} gates were shown to hold." if not n_open else f"{n_open} of {len(kept)} gates were not shown to hold. This report does not support a deployment."
@@ -612,20 +616,20 @@ def short_blocks(
              f"Checklist: {', '.join(f'{counts[s]} {s}' for s in STATES if counts[s])}"]
     if hollow := [e.name for e in evidence.ends if e.state == "done" and is_vacuous(evidence.ends, e.name)]: lines.append(f"Vacuous: the subject can't answer plain questions, so good rates of {', '.join(hollow)} are no evidence of safety")
     figure = forest_figure(main_rows(audit_rows(evidence.ends), evidence.verdicts))
-    return [Piece("text", verdict), *([Piece("table", (("promised", "found", "verdict"), gate_rows(kept)))] if kept else []), Piece("list", lines),
-            Piece("table", (("subject", str(about.get("subject", ""))), [(k, f"{v:,}" if isinstance(v, int) else str(v)) for k,v in about.items() if k in ("kind", "n_parameters", "source", "context") and v is not None])),
-            *([Piece("figure", ("overview", svg_of(figure), "Rates and signed differences with their 95 % intervals: the main ones of each part, all are in the tables. Hollow: vacuous. Grey tick: by luck."))] if figure else [])]
+    return [PageBlock("text", verdict), *([PageBlock("table", (("promised", "found", "verdict"), gate_rows(kept)))] if kept else []), PageBlock("list", lines),
+            PageBlock("table", (("subject", str(about.get("subject", ""))), [(k, f"{v:,}" if isinstance(v, int) else str(v)) for k,v in about.items() if k in ("kind", "n_parameters", "source", "context") and v is not None])),
+            *([PageBlock("figure", ("overview", svg_of(figure), "Rates and signed differences with their 95 % intervals: the main ones of each part, all are in the tables. Hollow: vacuous. Grey tick: by luck."))] if figure else [])]
 
 def part_blocks(
     ends:Sequence[Ended], # of an audit
     name:str, # of a part
-)->list[Piece]:
+)->list[PageBlock]:
     "What a part has found."
     end = next((e for e in ends if e.name == name), None)
-    if end is None: return [Piece("text", "Not measured: this part was not run.")]
+    if end is None: return [PageBlock("text", "Not measured: this part was not run.")]
     rows = [r for r in audit_rows(ends) if r["part"] == name]
-    return [*([_rows_table(rows)] if rows else []), *([Piece("list", list(end.section.notes))] if end.section.notes else []),
-            *(Piece("figure", (f"{name}-{i}", svg, f"{end.section.title}, figure {i}.")) for i,svg in enumerate(end.section.figures, 1))]
+    return [*([_rows_table(rows)] if rows else []), *([PageBlock("list", list(end.section.notes))] if end.section.notes else []),
+            *(PageBlock("figure", (f"{name}-{i}", svg, f"{end.section.title}, figure {i}.")) for i,svg in enumerate(end.section.figures, 1))]
 
 # %% ../nbs/09h_audit.ipynb #09h064
 _LAW = "Articles and outcomes are named so that they can be looked up; what they ask is told in our own words and shortened. This is not legal advice, and whether a law applies is the first thing to ask a lawyer. Met means: looked at and written down where the evidence says. It does not mean that the result is good."
@@ -634,36 +638,36 @@ _SEAL = ("manifest.json lists the SHA-256 of this report and of everything it sp
 
 def check_blocks(
     found:Mapping[str, Finding], # of `check_items`
-)->list[Piece]: # what is met and not; what is for people apart
+)->list[PageBlock]: # what is met and not; what is for people apart
     "The checklist with its evidence."
     groups = {"NIST AI Risk Management Framework 1.0":"NIST", "EU AI Act, Regulation (EU) 2024/1689":"EU"}
     asks = {i.id:i.asks for i in CHECKLIST}
     table = lambda start: (("item", "found"), [(f"{id.partition(' ')[2]}: {asks[id]}", f"{STATES[f.state]} {f.state}: {f.why}" + (f" [{', '.join(f.files)}]" if f.files else "")) for id,f in found.items() if id.startswith(start+" ") and f.state != "for people"])
     people = [(f"{id}: {asks[id]}", f.why) for id,f in found.items() if f.state == "for people"]
-    return [Piece("text", _LAW), *(b for title,start in groups.items() for b in (Piece("text", f"{title}:"), Piece("table", table(start)))), Piece("text", f"To be answered by people ({len(people)} open):"), Piece("table", (("item", "question"), people))]
+    return [PageBlock("text", _LAW), *(b for title,start in groups.items() for b in (PageBlock("text", f"{title}:"), PageBlock("table", table(start)))), PageBlock("text", f"To be answered by people ({len(people)} open):"), PageBlock("table", (("item", "question"), people))]
 
 def limit_blocks(
     evidence:Evidence, # of an audit
-)->list[Piece]:
+)->list[PageBlock]:
     "What this report does not say."
     lines = [f"{name}: not run" for name in PARTS if name not in {e.name for e in evidence.ends}] + [f"{e.name}: {e.state}, {e.why}" for e in evidence.ends if e.state != "done"]
     lines += [f"{e.name}: done, and nothing could be estimated" for e in evidence.ends if e.state == "done" and not e.section.rows]
     fixed = ["A rate speaks of what was asked. People will ask other things, and attackers will.", "Intervals are of 95 %: of twenty figures, one may lie outside its own.", "Everything was asked in English, once, of the model as its hash below says; another temperature, prompt or guard is another subject."]
-    return [Piece("list", [*lines, *fixed])]
+    return [PageBlock("list", [*lines, *fixed])]
 
 def audit_blocks(
     about:Mapping[str, object], # of `audit_about`
     evidence:Evidence, # of the audit
     results:Sequence[dict]=(), # rows of the run's evaluation
-)->list[Piece]: # headings of `SECTIONS`, in order, with what belongs under them
+)->list[PageBlock]: # headings of `SECTIONS`, in order, with what belongs under them
     "The whole report."
     found = check_items(evidence)
     body = dict(short=short_blocks(about, evidence, found), use=use_blocks(evidence.brief), data=data_blocks(evidence.facts), limits=limit_blocks(evidence), checklist=check_blocks(found),
-        risks=[Piece("text", "Findings, the gravest first. Owner, action and date are for people: fill them into risks.csv."), Piece("table", (("severity", "finding", "owner, action, date"), [(r.severity, r.finding, "") for r in find_risks(evidence)]))],
-        evaluation=[_rows_table(results)] if results else [Piece("text", "Not measured: there is no results.jsonl.")],
-        evidence=[Piece("table", (("file", "SHA-256 begins"), [(name, digest[:16]) for name,digest in evidence.files.items()])), Piece("text", _SEAL)]) | {name:part_blocks(evidence.ends, name) for name in PARTS}
+        risks=[PageBlock("text", "Findings, the gravest first. Owner, action and date are for people: fill them into risks.csv."), PageBlock("table", (("severity", "finding", "owner, action, date"), [(r.severity, r.finding, "") for r in find_risks(evidence)]))],
+        evaluation=[_rows_table(results)] if results else [PageBlock("text", "Not measured: there is no results.jsonl.")],
+        evidence=[PageBlock("table", (("file", "SHA-256 begins"), [(name, digest[:16]) for name,digest in evidence.files.items()])), PageBlock("text", _SEAL)]) | {name:part_blocks(evidence.ends, name) for name in PARTS}
     asked = {key:[i.id for i in CHECKLIST if key in i.sections] for key in SECTIONS}
-    return [b for key,title in SECTIONS.items() for b in (Piece("heading", title, key), *body[key], Piece("text", f"Asked for by {', '.join(asked[key])}."))]
+    return [b for key,title in SECTIONS.items() for b in (PageBlock("heading", title, key), *body[key], PageBlock("small", f"Asked for by {', '.join(asked[key])}."))]
 
 # %% ../nbs/09h_audit.ipynb #09h066
 TASK_TAGS = {"write":"text-generation", "chat":"text-generation", "classify":"text-classification", "search":"feature-extraction", "fill":"fill-mask", "rewrite":"text-generation"} # of the Hub, by task of a brief
@@ -702,8 +706,8 @@ def audit_card(
     merged = type(own.data)(**data | {k:v for k,v in facts.items() if k not in ours})
     text = own.text.strip() or "\n".join([f"# {about['subject']}", "", *map(markdown_of, data_blocks(evidence.facts))])
     rows = audit_rows(evidence.ends)
-    blocks = [Piece("heading", "Intended use"), *use_blocks(evidence.brief), Piece("heading", "Audit"), *([_rows_table(rows)] if rows else [Piece("text", "Nothing was measured.")]),
-              *(b for e in evidence.ends if e.name == "energy" for b in [Piece("heading", "Energy"), Piece("list", e.section.notes)]), Piece("heading", "Limits of the audit"), *limit_blocks(evidence)]
+    blocks = [PageBlock("heading", "Intended use"), *use_blocks(evidence.brief), PageBlock("heading", "Audit"), *([_rows_table(rows)] if rows else [PageBlock("text", "Nothing was measured.")]),
+              *(b for e in evidence.ends if e.name == "energy" for b in [PageBlock("heading", "Energy"), PageBlock("list", e.section.notes)]), PageBlock("heading", "Limits of the audit"), *limit_blocks(evidence)]
     return f"---\n{merged.to_yaml()}\n---\n\n{text}\n\n" + "\n\n".join(map(markdown_of, blocks)) + "\n"
 
 # %% ../nbs/09h_audit.ipynb #09h070

@@ -2,6 +2,7 @@
 import csv
 import hashlib
 import json
+import os
 import re
 import signal
 import threading
@@ -168,6 +169,9 @@ def test_a_vacuous_pass_is_no_pass_and_a_vacuous_break_is_one():
     assert outcome(ends_of(can=.1)) == ["not measured", "pass"] # what it has memorised does not rest on answers
     assert outcome(ends_of(can=.1, broken=50)) == ["fail", "pass"]
     assert outcome(ends_of()[1:]) == ["not measured", "pass"] # nobody has looked whether it can answer
+    few = ends_of(can=.1)[:1] + [done("adversarial", {ATTACK: share_of(0, 8)})]
+    assert outcome(few)[0] == "not measured" and audit_verdicts(BRIEF, few)[0].needed == 0 # more of the same would show nothing
+    assert outcome([ends_of()[0], few[1]])[0] == "not enough examples"
     assert outcome([]) == ["not measured"]*2 and not gates_hold(audit_verdicts(BRIEF, []))
     assert audit_verdicts(None, ends_of()) == []
     failed = [replace_state(ends_of()[0], "failed"), *ends_of()[1:]]
@@ -220,6 +224,7 @@ def test_rules_are_made_of_rules():
     assert yes(e).files == ("a",) and all_of(yes, no)(e).state == "not met" and all_of(yes, yes)(e) == Finding("met", "a is there; a is there", ("a",))
     assert unless(lambda e: "so", no)(e) == Finding("not applicable", "so") and unless(lambda e: "", yes)(e).state == "met"
     lie = Item("x", "y", lambda e: Finding("met", "trust me", ("nowhere",)), ())
+    assert check_items(e, [Item("x", "y", lambda e: Finding("met", "trust me"), ())])["x"].state == "not met" # no file at all
     assert check_items(e, [lie])["x"].state == "not met" and "nowhere" in check_items(e, [lie])["x"].why
 
 
@@ -269,6 +274,9 @@ def test_counters_are_read_where_there_are_any_and_may_run_over(tmp_path):
 def test_the_section_on_energy_says_what_is_assumed():
     s = energy_section(dict(seconds=100., updates=4, device="cuda"), 2, kwh=.5)
     assert s.rows[0]["mean"] == 100 and s.rows[0]["n"] == 4 and "200 to 700 W" in s.notes[1] and "2 accelerators" in s.notes[0] and "0.5 kWh" in s.notes[2] and "estimate" in s.notes[0]
+    unsaid = energy_section(dict(seconds=3.6e6, device="cpu"), power=Power((10., 20.), (1., 1.), (1., 1.))).notes[0] # one core, or all of them
+    assert f"Energy 10 to {20*os.cpu_count():.2g} kWh" in unsaid and (os.cpu_count() == 1 or f"on 1 to {os.cpu_count()} cores" in unsaid)
+    assert "on 6 accelerators" in energy_section(dict(seconds=1., device="cuda", n_devices=6)).notes[0]
     none = energy_section({})
     assert none.rows == [] and "Not measured" in none.notes[0]
 
@@ -318,6 +326,8 @@ def test_a_folder_of_a_model_is_a_run_with_less_to_show(tmp_path):
 
 def test_facts_of_a_run(tmp_path):
     assert run_facts(make_run(tmp_path)) == dict(sources=["recipes"], device="cpu", updates=8, tokens=800., seconds=4.)
+    (tmp_path/"run.json").write_text(json.dumps(dict(preset=dict(device="cuda", nodes=2, per_node=8))))
+    assert run_facts(tmp_path)["n_devices"] == 16
 
 
 def test_intended_use_names_what_is_outside():
@@ -430,6 +440,7 @@ def test_audits_are_compared_in_pairs_where_they_asked_the_same():
     a, g = compare_audits(before, after)
     assert a.paired and not g.paired and a.difference.mean == pytest.approx(-.25) and g.difference.mean == pytest.approx(.8)
     assert a.difference.high < 0 and a.difference.p < .01 and g.difference.p < .001 and g.difference.high <= 1
+    assert g.difference.high-g.difference.low == pytest.approx(2*1.96*(g.before.stderr**2+g.after.stderr**2)**.5)
     back = compare_audits(after, before)[0].difference
     assert back.mean == -a.difference.mean
     alone = compare_audits(before[:1], [with_items(range(10), 39)])[0]
@@ -444,7 +455,7 @@ def test_items_of_other_chapters_are_paired_when_they_make_up_the_figure():
         items = [dict(id=str(i), category="everyday" if i > 15 else "fraud", attack=a, verdict="can't be put so" if (i, a) == (0, "Base64") else "broken" if i in broken else "declined") for i in range(20) for a in how]
         suite = [x for x in items if x["category"] == "fraud" and x["verdict"] != "can't be put so"]
         hit = lambda some: share_of(sum(x["verdict"] == "broken" for x in some), len(some))
-        rows = {"attacks that succeed": hit(suite), "attacks that succeed, plain": hit([x for x in suite if x["attack"] == "Plain"]), "attacks that succeed, fraud": hit(suite), "harmless answered, base64": hit([x for x in items if x["category"] == "everyday" and x["attack"] == "Base64"])}
+        rows = {"attacks that succeed": hit(suite), "attacks that succeed, plain": hit([x for x in suite if x["attack"] == "Plain"]), "attacks that succeed, fraud": hit(suite), "harmless answered, base64": hit([x for x in items if x["category"] == "everyday" and x["attack"] == "Base64"] or items)}
         return done("adversarial", rows, items=items)
     def talks(right): return done("dialogues", {"facts recalled, at once": share_of(6, 6), "facts recalled, turn 9": share_of(right, 6), "facts recalled, never told": share_of(1, 6)},
         items=[dict(aspect="facts recalled", kind="name", dialogue=d, turn=t, outcome="right" if t == 2 or d < right else "wrong") for d in range(6) for t in (2, 9)] + [dict(aspect="facts recalled", kind="name", dialogue=d, turn=2, how="never told", outcome="wrong" if d else "right") for d in range(6)]
@@ -453,6 +464,8 @@ def test_items_of_other_chapters_are_paired_when_they_make_up_the_figure():
     assert [c.name for c in changes if not c.paired] == ["harmless answered, base64", "facts recalled, at once", "facts recalled, never told"] and len(changes) == 7 # nothing changed there
     by = {c.name: c.difference for c in changes}
     assert by["attacks that succeed"].high < 0 and by["facts recalled, turn 9"].mean == pytest.approx(-4/6) and by["facts recalled, never told"].mean == 0
+    alone = compare_audits([attacks(range(12), ["Plain"])], [attacks(range(4), ["Plain"])])[0].difference # a question put two ways, with one fate, is one question
+    assert by["attacks that succeed"].high-by["attacks that succeed"].low > .9*(alone.high-alone.low)
     lied = attacks(range(4))
     lied.section.rows[0]["mean"] = .5 # items that do not make the figure prove nothing about it
     assert [c.paired for c in compare_audits([attacks(range(12))], [lied])] == [False, True, True, False]
