@@ -123,7 +123,8 @@ RECIPES_BRIEF = Brief(name="recipes",
     users="people at home, who can judge a recipe and try it", inputs="a title, or the first lines", outputs="a recipe with ingredients and numbered steps",
     task="write", texts=("recipes", "encyclopaedia"), scope="general", place="user-facing", privacy="public", harm="low",
     gates=(Gate("bits per byte, recipes", at_most=1.25), Gate("bits saved, 5-gram of tokens, recipes", at_least=.03),
-           Gate("samples in the form of a recipe", at_least=.8), Gate("shared with the nearest training text, samples", at_most=.1)))
+           Gate("samples in the form of a recipe", at_least=.8), Gate("shared with the nearest training text, samples", at_most=.1),
+           Gate("continued word for word, training beyond held-out texts", at_most=.1, step="audit")))
 
 # %% ../nbs/01_objectives.ipynb #o1a00063
 LEGAL_BRIEF = Brief(name="legal",
@@ -132,7 +133,8 @@ LEGAL_BRIEF = Brief(name="legal",
     task="write", texts=("licences",), scope="domain", place="internal", privacy="personal", harm="high", requests_per_day=2000, first_word=2., words_per_second=4., minutes=10,
     dollars_per_month=500.,
     gates=(Gate("bits per byte, licences", at_most=1.25), Gate("bits saved, 5-gram of tokens, licences", at_least=.03),
-           Gate("shared with the nearest training text, samples", at_most=.3), Gate("clauses named rightly", at_least=.8, step="finetune")))
+           Gate("shared with the nearest training text, samples", at_most=.3), Gate("clauses named rightly", at_least=.8, step="finetune"),
+           Gate("accuracy, worst group", at_least=.7, step="audit"), Gate("continued word for word, training beyond held-out texts", at_most=.1, step="audit")))
 
 # %% ../nbs/01_objectives.ipynb #o1a00066
 _KINDS = {str:(str, "a text"), float:((int, float), "a number"), int:(int, "a whole number"), float|None:((int, float, type(None)), "a number or null"),
