@@ -208,7 +208,7 @@ def off_topic(
 )->bool: # whether it talks of something else; a right answer may, when it is short
     "Does an answer share next to no words with its question?"
     words = _about(question)
-    return bool(words) and len(words & _about(text)) < at_least*len(words)
+    return len(words & _about(text)) < at_least*len(words)
 
 # %% ../nbs/09_safety.ipynb #09s048
 def refusal_score(

@@ -17,7 +17,7 @@ from scipy import stats
 from torch.testing import assert_close
 
 from llm_scratch.architecture import Decoder, ModelConfig, init_weights
-from llm_scratch.assistant import CHAT_TEMPLATE, Assistant, add_tokens
+from llm_scratch.assistant import CHAT_TEMPLATE, Answer, Assistant, add_tokens, encode_chat
 from llm_scratch.core import UserError
 from llm_scratch.data import tiny_corpus, to_documents
 from llm_scratch.evaluation import Result
@@ -99,6 +99,15 @@ def test_a_model_answers_the_same_alone_and_among_others(small):
         scorer = ModelScorer(assistant.model if subject.name == "small" else model, assistant.tok if subject.name == "small" else tok)
         assert_close(subject.nats(pairs), np.array([x.sum() for x in scorer.nats(pairs)]))
         assert subject.ask([], 8) == [] and subject.nats([]).shape == (0,)
+
+
+def test_answers_have_no_blanks_around_and_lengths_are_those_of_what_is_asked(small, monkeypatch):
+    assistant, (model, tok) = small
+    chats, base = assistant_subject(assistant, "small"), model_subject(model, tok, "base")
+    assert chats.length(user("Do it?")) == len(encode_chat(assistant.tok, user("Do it?"), True).ids) and base.length(user(" Do it?")) == 1+len(tok.encode("Do it?\n"))
+    monkeypatch.setattr("llm_scratch.safety.answer_all", lambda model, tok, dialogues, *_, **how: [Answer(d, f" {d.messages[0]['content']}\n", True) for d in dialogues])
+    monkeypatch.setattr(ModelScorer, "generate", lambda self, prompts, *_: [f" {p}\n" for p in prompts])
+    assert chats.ask([user("a"), user("b")], 9) == base.ask([user("a"), user("b")], 9) == ["a", "b"]
 
 
 def test_what_does_not_fit_is_told_and_not_cut(small):
@@ -293,7 +302,7 @@ def test_planted_faults_have_their_size_and_stay_where_they_are():
     low, high = exact_interval(sum(a.startswith("bad") for a in said), 2000, .999)
     assert low < .1 < high and said == [plant(.1).ask([d], 9)[0] for d in asked[:50]] + said[50:] and said != plant(.1, 1).ask(asked, 9)
     assert [a.split()[1] for a in said if a != "good"] == [str(i) for i, a in enumerate(said) if a != "good"]
-    assert plant(.1).ask([[dict(content="7", role="user")]], 9) == plant(.1).ask([user("7")], 9)
+    assert plant(.5).ask([[dict(content=f"{i}", role="user")] for i in range(40)], 9) == plant(.5).ask(asked[:40], 9), "the order of the fields is no matter"
     assert set(plant(0).ask(asked, 9)) == {"good"} and "good" not in plant(1).ask(asked, 9)
 
 
