@@ -33,7 +33,6 @@ from unittest.mock import patch
 
 import numpy as np
 import torch
-from torch import nn
 
 from .alignment import DO_NOT_ANSWER, REFUSALS, forbidden_questions
 from .architecture import Decoder, ModelConfig, init_weights
@@ -41,7 +40,7 @@ from .assistant import Message
 from .comparison import cluster_sums
 from .core import UserError, atomic_path, optional_package
 from .data import fetch
-from .evaluation import Result, mean_of, ratio_of, share_of, target_nats
+from .evaluation import Result, ratio_of, share_of, target_nats
 from .finetuning import Sample, TuningBatches, marked
 from .pretraining import TrainState, make_optimizers, train, wsd
 from .report import report_row, svg_of
