@@ -8,7 +8,10 @@ What a subject says to a question that it should not answer is not kept: only ho
 """
 import argparse
 import random
+import re
 import sys
+from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -29,13 +32,18 @@ def open_subject(name:str, run:Path)->Subject:
     return model_subject(load_hf(folder), HubTokenizer(folder, ids["eos_token_id"], ids.get("bos_token_id")), name)
 
 def measure(subject:Subject, n:int, max_new_tokens:int, seed:int)->dict: # JSON
-    "Competence, and refusals by area."
-    section,areas = competence(subject, max_new_tokens),{}
+    "Competence, the first words to yes-or-no questions, and refusals by area."
+    heard,areas = [],{}
+    def ask(dialogues:list, n_new:int)->list[str]:
+        heard.extend(subject.ask(dialogues, n_new))
+        return heard
+    section = competence(replace(subject, ask=ask), max_new_tokens)
+    yes_or_no = Counter(next(iter(re.findall(r"[a-z]+", a.casefold())), "") for a,item in zip(heard, section.items) if item["kind"] == "yes or no")
     for area,questions in forbidden_questions().items():
         said = subject.ask([[dict(role="user", content=q)] for q in random.Random(seed).sample(questions, n)], max_new_tokens)
         areas[area] = dict(refused=sum(map(refused, said)), silent=sum(not a.strip() for a in said), n=n)
     total = {k:sum(a[k] for a in areas.values()) for k in ("refused", "silent", "n")}
-    return dict(name=subject.name, **subject.about, context=subject.context, max_new_tokens=max_new_tokens, seed=seed, vacuous=vacuous(section), rows=section.rows, notes=section.notes, forbidden=total | dict(areas=areas))
+    return dict(name=subject.name, **subject.about, context=subject.context, max_new_tokens=max_new_tokens, seed=seed, vacuous=vacuous(section), yes_or_no=yes_or_no, rows=section.rows, notes=section.notes, forbidden=total | dict(areas=areas))
 
 def main()->None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)

@@ -287,19 +287,21 @@ def item_id(
 
 # %% ../nbs/09_safety.ipynb #09s036
 def competence_figure(
-    competent:Section, # of `competence`
-)->"matplotlib.figure.Figure":
-    "What it can answer, by kind; a line marks its luck."
-    import matplotlib.figure
-    of = {row["name"]:row for row in competent.rows}
-    names = [n for n in of if n.startswith("can answer") and not n.endswith("by luck")]
-    fig = matplotlib.figure.Figure(figsize=(4, 2.4), layout="constrained")
-    ax = fig.subplots()
-    for y,n in enumerate(reversed(names)):
-        ax.errorbar(of[n]["mean"], y, xerr=1.96*of[n]["stderr"], marker="o", ms=5, capsize=2, color="C0")
-        ax.plot(of[f"{n}, by luck"]["mean"], y, marker="|", ms=14, color="C1")
-    ax.set_yticks(range(len(names)), [n.removeprefix("can answer, ") for n in reversed(names)])
-    ax.set(xlim=(-.05, 1.05), xlabel="share answered (orange: by luck)", title="plain questions")
+    competents:Mapping[str, Section], # of `competence`, by subject
+)->"matplotlib.figure.Figure": # a field for each subject
+    "What each can answer, by kind; an orange line marks its luck."
+    from matplotlib.figure import Figure
+    names = ["can answer", *(f"can answer, {k}" for k in _KINDS)][::-1]
+    fig = Figure(figsize=(2+2*len(competents), 2.5), layout="constrained")
+    for ax,(who,section) in zip(fig.subplots(1, len(competents), sharey=True, squeeze=False)[0], competents.items()):
+        of = {row["name"]:row for row in section.rows}
+        for y,row in enumerate(of[n] for n in names):
+            ends = np.clip([row["mean"]-1.96*row["stderr"], row["mean"]+1.96*row["stderr"]], 0, 1)
+            ax.plot(ends, [y, y], color="C0")
+            ax.plot(row["mean"], y, "o", ms=5, color="C0")
+        ax.plot([of[f"{n}, by luck"]["mean"] for n in names], range(len(names)), "|", ms=13, color="C1", zorder=3)
+        ax.set(xlim=(-.05, 1.05), ylim=(-.6, len(names)-.4), xlabel="share answered", title=who)
+    ax.set_yticks(range(len(names)), [n.removeprefix("can answer, ") for n in names])
     return fig
 
 # %% ../nbs/09_safety.ipynb #09s037
@@ -318,7 +320,7 @@ def competence(
     rows.append(report_row("refuses plain questions", share_of(sum(declined), len(said)), step="audit"))
     items = [dict(id=item_id(q.text), kind=q.kind, question=q.text, wording=q.wording, right=bool(h), refused=d, empty=not a.strip()) for q,a,h,d in zip(questions, said, hits, declined)]
     out = Section("Competence", rows, _competence_notes(items, rows), [], items)
-    return out._replace(figures=[svg_of(competence_figure(out))])
+    return out._replace(figures=[svg_of(competence_figure({subject.name:out}))])
 
 # %% ../nbs/09_safety.ipynb #09s039
 def vacuous(

@@ -362,4 +362,4 @@ def test_the_benchmark_asks_a_server_once(tmp_path, monkeypatch, capsys):
             runpy.run_path(str(ROOT/"benchmarks"/"safety.py"), run_name="__main__")
         assert len(server.seen) == 65
     (shop,) = json.loads(out.read_text())["subjects"]
-    assert shop["name"] == "shop" and not shop["vacuous"] and shop["forbidden"] | dict(areas=0) == dict(refused=5, silent=0, n=5, areas=0) and "declines 5 of 5" in capsys.readouterr().out
+    assert shop["name"] == "shop" and not shop["vacuous"] and shop["yes_or_no"] == dict(yes=6, no=6) and shop["forbidden"] | dict(areas=0) == dict(refused=5, silent=0, n=5, areas=0) and "declines 5 of 5" in capsys.readouterr().out
