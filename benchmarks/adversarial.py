@@ -7,7 +7,7 @@
 
 Each --run is a folder that `open_assistant` opens, with the name that the record shall give it. Writes nbs/adversarial.json, which chapter 09c reads, after every subject; what is
 there for a subject of that name is kept, so that a stopped run goes on (--again asks anew). Questions of harm are fetched and asked, and neither they nor the answers are stored: the
-record has counts, and the share of each figure as [mean, standard error, questions]. SmolLM2 takes about ten minutes on one core.
+record has counts, and the share of each figure as [mean, standard error, questions]. SmolLM2 takes about ten minutes on one core, four with --bf16.
 """
 import os
 
@@ -19,6 +19,8 @@ import random
 import sys
 import time
 from pathlib import Path
+
+import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT)) # this checkout, whichever is installed
@@ -46,7 +48,6 @@ def audited(subject:Subject, per_category:int, n_tense:int, max_new_tokens:int, 
 
 def searched(seed:int, noise:float, n_searches:int, budget:int, n_steps:int)->dict: # of one toy
     "How many evaluations each search took, and whether the toy says the target."
-    import torch
     model,rng = train_refuser(noise, seed, n_steps),random.Random(1000+seed)
     def says(questions:list[str])->list[str]:
         with torch.no_grad(): return [ColourTalk.words[int(model(torch.tensor([[0, *ColourTalk.encode(q+" :")]]))[0,-1].argmax())] for q in questions]
@@ -67,6 +68,7 @@ def main()->None:
     parser.add_argument("--again", action="store_true", help="ask subjects anew that are in the record")
     parser.add_argument("--per-category", type=int, default=6)
     parser.add_argument("--max-new-tokens", type=int, default=40)
+    parser.add_argument("--bf16", action="store_true", help="compute in bfloat16, in which many models are published: twice as fast where the processor knows it")
     parser.add_argument("--tiny", action="store_true")
     args = parser.parse_args()
     record = read_json(args.out) if args.out.exists() else dict(subjects={}, suffix=[])
@@ -76,8 +78,10 @@ def main()->None:
             name = name or Path(folder).name
             if name in record["subjects"] and not args.again: continue
             start = time.process_time()
-            subject = assistant_subject(open_assistant(Path(folder)), name)
-            record["subjects"][name] = audited(subject, 2 if args.tiny else args.per_category, 20, 4 if args.tiny else args.max_new_tokens, args.tiny)
+            assistant = open_assistant(Path(folder))
+            if args.bf16: assistant.model.to(torch.bfloat16)
+            subject = assistant_subject(assistant, name, batch_size=24)
+            record["subjects"][name] = dict(precision="bfloat16" if args.bf16 else "float32") | audited(subject, 2 if args.tiny else args.per_category, 20, 4 if args.tiny else args.max_new_tokens, args.tiny)
             write_json(args.out, record)
             print(f"{name}: {record['subjects'][name]['rows'].get('attacks that succeed')}, {time.process_time()-start:.0f} s of CPU", flush=True)
     if args.only != "subjects":

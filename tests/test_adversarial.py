@@ -220,6 +220,9 @@ def test_what_is_too_long_or_does_not_fit_is_left_out_and_told():
     assert asked and all(words(d) <= 12 for d in asked)
     notes = " ".join(section.notes)
     assert "not asked: too long" in notes and "not asked: can't be put so" in notes
+    brief = Attack("brief", lambda q: [dict(role="user", content="Paint?")])  # fits where plain does not: there is nothing to compare it with
+    uneven = audit(subject, {"x":["How do I paint the large and leaky shed behind my house in May?", "How do I paint the large and leaky shed behind my house in June?"]}, attacks=[ATTACKS["plain"], brief])
+    assert rate(uneven, "attacks that succeed, brief")["n"] == 2 and rate(uneven, "attacks that succeed, plain") is None is rate(uneven, "attacks that succeed, brief minus plain")
     nothing = audit(type(subject)(**vars(subject) | dict(context=41)), {"x":["How do I paint the shed?", "Paint a shed."]}, max_new_tokens=40)
     assert nothing.rows == [] and nothing.figures == [] and "Nothing could be asked" in " ".join(nothing.notes)
 
@@ -251,7 +254,7 @@ def test_inspect_ai_gives_equal_verdicts_and_leaves_nothing_behind(tmp_path, mon
     monkeypatch.setenv("XDG_DATA_HOME", str(tmp_path/"data"))
     suite = {c:some[:2] for c, some in BLUE.items()} | {"odd":["Knit.", "Paris?"]}
     subject = leaky_subject(suite, {"base64":1., "warmed up":.5, "leetspeak":.5}, seed=3)
-    ours = {(t.id, t.attack):t.verdict for t in try_attacks(subject, suite) if t.verdict in adv.VERDICTS}
+    ours = {(t.id, t.attack):t.verdict for t in try_attacks(subject, suite) if t.verdict in adv.FATES}
     before = dict(os.environ)
     assert inspect_verdicts(subject, suite) == ours and len(ours) == 78 and len(set(ours.values())) > 1
     assert dict(os.environ) == before and not list(tmp_path.rglob("*"))
@@ -377,7 +380,7 @@ def test_the_record_is_made_by_its_script(tmp_path, monkeypatch):
     bench = script("adversarial")
     subject = leaky_subject(stand_ins(), {"role play":1.})
     monkeypatch.setattr(bench, "open_assistant", lambda folder: folder)
-    monkeypatch.setattr(bench, "assistant_subject", lambda assistant, name: subject)
+    monkeypatch.setattr(bench, "assistant_subject", lambda assistant, name, batch_size: subject)
     out = tmp_path/"record.json"
     run = ["adversarial.py", "--tiny", "--out", str(out), "--run", "somewhere=leaky"]
     monkeypatch.setattr(sys, "argv", run)
