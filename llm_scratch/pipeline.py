@@ -1450,7 +1450,7 @@ def audit_parts(
     for method in METHODS:
         if run and (run.tuned/f"clauses-{method}").exists(): parts.setdefault("fairness", lambda method=method: audit_fairness(judged_clauses(run, method), LIABILITY, seed=seed))
     parts |= dict(adversarial=lambda: audit_adversarial(subject, competent=able(), seed=seed), guard=lambda: audit_guard(guard(), seed=seed), dialogues=lambda: audit_dialogues(subject, seed=seed))
-    if run and run.documents.exists(): parts["memorisation"] = lambda: audit_memorisation(subject, texts("train"), texts("validation"), seed=seed)
+    if run and run.documents.exists(): parts["memorisation"] = lambda: audit_memorisation(subject, texts("train"), texts("validation"), n_asked=100, seed=seed)
     return [AuditPart(name, does, seconds) for name,does in (parts | dict(injection=lambda: audit_injection(subject, seed=seed), energy=lambda: energy_section(run_facts(run and run.folder)))).items()]
 
 # %% ../nbs/12_pipeline.ipynb #a9verb05
