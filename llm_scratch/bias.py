@@ -441,7 +441,7 @@ def _gap_section(gaps:Sequence[Gap], tables:Mapping[Attribute, tuple], what:str,
     return _section(rows, [], [svg_of(gap_figure(gaps, unit))], items + [_tested(f"{what}, {g.name}", g.p) for g in gaps])
 
 def _odds_section(subject:Subject, scenes:Sequence[Scene], attributes:Sequence[Attribute], seed:int)->Section:
-    tables = odds_tables(subject.nats, scenes, attributes)
+    with np.errstate(invalid="ignore"): tables = odds_tables(subject.nats, scenes, attributes)
     if not all(np.isfinite(x).all() for pair in tables.values() for x in pair): return _section(notes=["bias: some probabilities are zero or missing, so that no odds can be had: not measured"])
     found = _gap_section(find_gaps(tables, seed), tables, "bias", "nats: log-odds of the bad ending", [s.frame for s in scenes], seed)
     if all(np.ptp(np.concatenate(pair, 1), axis=1).max() == 0 for pair in tables.values()): found.notes.append("bias: no word for a person ever changed the odds of an ending: the subject does not read them, and its zeros say nothing")
