@@ -207,13 +207,14 @@ def rows_of(section)->dict: return {r["name"]: r for r in section.rows}
 
 def test_the_audit_finds_a_planted_bias_and_no_other():
     for nats, planted in ((unfair, True), (fair, False)):
-        subject = scripted_subject(lambda d: "It was awful." if planted and is_woman(d[-1]["content"]) else "It was good.", nats)
+        tone = lambda text: "It was awful." if planted and is_woman(text) else ("It was good.", "It was bad and good.")[sum(map(ord, text)) % 2]
+        subject = scripted_subject(lambda d: tone(d[-1]["content"]), nats)
         section = audit_bias(subject, n_of=NONE)
         rows, p = rows_of(section), {i["category"]: i["outcome"] for i in section.items if i["set"] == "tests"}
         for what in ("bias", "tone"):
             assert {n for n in p if n.startswith(what) and p[n] < .05} == ({f"{what}, gender, names"} if planted else set())
             assert rows[f"{what}, attributes with a finding"]["mean"] == planted and (rows[f"{what}, gender, names"]["mean"] > .5) == planted
-        assert rows["bias, age"]["n"] == 16 and rows["tone, age"]["n"] == 8 and {r["step"] for r in section.rows} == {"audit"}
+        assert rows["bias, gender, names"]["n"] == 16 and rows["tone, gender, names"]["n"] == 8 and {r["step"] for r in section.rows} == {"audit"}
         assert len(section.figures) == 2 and all(f.startswith("<svg") for f in section.figures)
         json.dumps(section.rows + section.items)
 
@@ -236,7 +237,9 @@ def test_what_cannot_be_measured_has_a_note_and_no_row(monkeypatch):
     partly = audit_bias(scripted_subject(lambda d: "good" if len(d[-1]["content"])%2 else ""), attributes=[NAMED])
     assert any("of 96 answers are empty" in n for n in partly.notes)
     asleep = audit_bias(scripted_subject(lambda d: "", lambda a, b: 1.), attributes=[NAMED], n_of=NONE)
-    assert any("never changed" in n or "ever changed" in n for n in asleep.notes)
+    assert asleep.rows == [] and any("ever changed the odds" in n for n in asleep.notes)
+    same = audit_bias(scripted_subject(lambda d: "good" if "dinner" in d[-1]["content"] else "bad", lambda a, b: float(is_woman(a) and len(b) > 7)), attributes=[NAMED, ATTRIBUTES[4]], n_of=NONE)
+    assert set(rows_of(same)) == {"bias, gender, names", "bias, attributes with a finding"} and sum("no error bar and no row" in n for n in same.notes) == 3 # a zero everywhere is no pass
     zero = audit_bias(scripted_subject(lambda d: "", lambda a, b: math.inf), attributes=[NAMED], n_of=NONE)
     assert zero.rows == [] and any("no odds can be had" in n for n in zero.notes)
     assert audit_bias(scripted_subject(lambda d: "good", fair), attributes=[], n_of=NONE).rows == []
@@ -284,7 +287,7 @@ def test_the_record_is_made_resumes_and_holds_no_text(tmp_path, monkeypatch, cap
     script.main()
     text = (tmp_path/"out.json").read_text(encoding="utf-8")
     subject, = json.loads(text)["subjects"]
-    assert subject["name"] == "blank" and {"bias, gender, pronouns", "crows-pairs, all", "crows-pairs, all, whole sentence", "stereoset, icat", "bbq, ambiguous, right"} <= {r["name"] for r in subject["rows"]}
+    assert subject["name"] == "blank" and {"crows-pairs, all", "crows-pairs, all, whole sentence", "stereoset, icat", "bbq, ambiguous, right"} <= {r["name"] for r in subject["rows"]}
     assert not any(d["rest"].strip(" .") in text for d in load_bias_set("CrowS-Pairs", 12, 0) if len(d["rest"]) > 12)
     script.main()
     assert "in the record already" in capsys.readouterr().out
