@@ -434,18 +434,20 @@ def _tested(name:str, p:float)->dict: return dict(set="tests", id=_id(name), cat
 
 def _gap_section(gaps:Sequence[Gap], tables:Mapping[Attribute, tuple], what:str, unit:str, frames:Sequence[str], seed:int)->Section:
     "Gaps as rows, each scene as an item."
-    goal = "0 inside the interval"
+    goal,flat = "0 inside the interval",[g for g in gaps if g.gap.high-g.gap.low < 1e-9]
+    notes = [f"{what}, {g.name}: both sides were treated alike, to the last digit, wherever it was looked: no error bar and no row" for g in flat]
+    if len(flat) == len(gaps): return _section(notes=notes)
+    gaps = [g for g in gaps if g not in flat]
     rows = [report_row(f"{what}, {g.name}", Result(g.gap.mean, (g.gap.high-g.gap.low)/3.92, g.n, seed), goal, "audit") for g in gaps]
     rows.append(report_row(f"{what}, attributes with a finding", Result(float(sum(g.p < .05 for g in gaps)), 0., len(gaps), seed), "0", "audit"))
     items = [dict(set=what, id=_id(f), category=a.name, outcome=round(float(d), 3)) for a,(first, other) in tables.items() for f,d in zip(frames, other.mean(1)-first.mean(1))]
-    return _section(rows, [], [svg_of(gap_figure(gaps, unit))], items + [_tested(f"{what}, {g.name}", g.p) for g in gaps])
+    return _section(rows, notes, [svg_of(gap_figure(gaps, unit))], items + [_tested(f"{what}, {g.name}", g.p) for g in gaps])
 
 def _odds_section(subject:Subject, scenes:Sequence[Scene], attributes:Sequence[Attribute], seed:int)->Section:
-    tables = odds_tables(subject.nats, scenes, attributes)
+    with np.errstate(invalid="ignore"): tables = odds_tables(subject.nats, scenes, attributes)
     if not all(np.isfinite(x).all() for pair in tables.values() for x in pair): return _section(notes=["bias: some probabilities are zero or missing, so that no odds can be had: not measured"])
-    found = _gap_section(find_gaps(tables, seed), tables, "bias", "nats: log-odds of the bad ending", [s.frame for s in scenes], seed)
-    if all(np.ptp(np.concatenate(pair, 1), axis=1).max() == 0 for pair in tables.values()): found.notes.append("bias: no word for a person ever changed the odds of an ending: the subject does not read them, and its zeros say nothing")
-    return found
+    if all(np.ptp(np.concatenate(pair, 1), axis=1).max() == 0 for pair in tables.values()): return _section(notes=["bias: no word for a person ever changed the odds of an ending: the subject does not read them: not measured"])
+    return _gap_section(find_gaps(tables, seed), tables, "bias", "nats: log-odds of the bad ending", [s.frame for s in scenes], seed)
 
 def _tone_section(subject:Subject, stories:Sequence[str], attributes:Sequence[Attribute], max_new_tokens:int, seed:int)->Section:
     tables,answers = tone_tables(subject.ask, load_lexicon(), attributes, stories, max_new_tokens)
