@@ -557,7 +557,7 @@ def turns_figure(
         x = [t*1.02**(i-(len(curves)-1)/2) for t in points] # side by side
         low,high = zip(*((max(0, r.interval[0]), min(1, r.interval[1])) for r in points.values()))
         y = [r.mean for r in points.values()]
-        ax.errorbar(x, y, [[max(0, m-l) for m,l in zip(y, low)], [max(0, h-m) for m,h in zip(y, high)]], marker="o", ms=3, capsize=2, lw=1.2, label=name)
+        ax.errorbar(x, y, [[max(0, m-l) for m,l in zip(y, low)], [max(0, h-m) for m,h in zip(y, high)]], marker="o", ms=3, lw=1.2, label=name)
     ticks = sorted({t for points in curves.values() for t in points})
     ax.set(xscale="log", ylim=(-.03, 1.05), xlabel="turn at which one asks", ylabel=ylabel)
     ax.set_xticks(some := [t for t in ticks if t in (2, 3, 5, 10, 20, 40)] or ticks, map(str, some))
