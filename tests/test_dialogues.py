@@ -146,6 +146,7 @@ def test_repetition():
     assert said_before(["a b c", "a b c"], 2) == [0, 1]
     bands = by_band([[0, 1, 1, None], [0, 0, 0, None]], ((1, 1), (2, 3), (4, 4)))
     assert {b: r.mean for b, r in bands.items()} == {(1, 1): 0, (2, 3): .5}
+    assert all(r.n == 2 for r in bands.values())  # dialogues, not turns
     assert bands[1, 1].stderr == share_of(0, 2).stderr and share_mean([.5]).stderr < 1
 
 # --- scripts -------------------------------------------------------------------------------------------------------
