@@ -22,7 +22,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT)) # this checkout, whichever is installed
 from llm_scratch.assistant import open_assistant  # noqa: E402
 from llm_scratch.core import UserError, read_json, write_json  # noqa: E402
-from llm_scratch.dialogues import ABLE, POLICIES, SCRIPTS, audit_dialogues, by_turn, fact_scripts, fading, weigh  # noqa: E402
+from llm_scratch.dialogues import ABLE, POLICIES, SCRIPTS, audit_dialogues, by_turn, fact_scripts, fading, weigh_values  # noqa: E402
 from llm_scratch.safety import Section, Subject, assistant_subject  # noqa: E402
 
 def opened(named:str)->Subject: # NAME=FOLDER
@@ -37,7 +37,7 @@ def kept(section:Section)->dict: # what the record holds of it
 def weighed(subject:Subject, policy:str, most:int, turns:list[int], n:int, seed:int)->dict: # `rows` as the audit's
     "Facts by the probability of four values, behind a policy."
     scripts = fact_scripts(n, n_turns=max(turns), seed=seed)
-    marks = weigh(subject, scripts, turns, partial(POLICIES[policy], size=subject.length, most=most))
+    marks = weigh_values(subject, scripts, turns, partial(POLICIES[policy], size=subject.length, most=most))
     return dict(rows={f"facts weighed, turn {t}":[round(r.mean, 4), round(r.stderr, 4), r.n] for t,r in by_turn(marks).items()}, p=fading(marks))
 
 def can_do(at_once:dict)->list[str]: # aspects in which enough is right at once to be asked later

@@ -8,7 +8,7 @@ __all__ = ['FACTS', 'FILLINGS', 'Pairs', 'AT_ONCE', 'Marks', 'SILENCE', 'PRESSUR
            'mark', 'by_turn', 'paired_change', 'fading', 'language_by_words', 'yes_no', 'persona_scripts',
            'language_scripts', 'rule_scripts', 'pressed', 'twice_scripts', 'listener', 'scripts_of', 'talk',
            'self_play', 'said_before', 'answers_of', 'share_mean', 'by_band', 'byte_size', 'slide', 'pin', 'decline',
-           'with_policy', 'told_sentences', 'sum_up', 'grounded', 'asked_summary', 'turns_figure', 'weigh',
+           'with_policy', 'told_sentences', 'sum_up', 'grounded', 'asked_summary', 'turns_figure', 'weigh_values',
            'audit_dialogues']
 
 # %% ../nbs/09e_dialogues.ipynb #09e004
@@ -593,7 +593,7 @@ def _aspect_notes(aspect:str, marks:Marks, luck:Result|None)->list[str]:
 def _outcome(mark:bool|None, said:str)->str: return "full" if said == FULL else {True:"right", False:"wrong", None:"not to be judged"}[mark]
 
 # %% ../nbs/09e_dialogues.ipynb #09e1115
-def weigh(
+def weigh_values(
     subject:Subject, # with `nats`
     scripts:Sequence[Script], # of `fact_scripts`
     turns:Iterable[int]=(AT_ONCE, 5, 10, 20, 40), # at which each of them is asked
@@ -671,7 +671,7 @@ def audit_dialogues(
         rows,items,notes = rows+more,items+some,notes+_aspect_notes(aspect, marks, luck)
         if points := by_turn(marks, seed): curves[aspect] = points
         if asked.nats and aspect == "facts recalled":
-            weighed = weigh(asked, scripts, turns, policy)
+            weighed = weigh_values(asked, scripts, turns, policy)
             rows,notes = rows+_aspect_rows("facts weighed", weighed, seed),notes+_aspect_notes("facts weighed", weighed, Result(.25, 0, n))
             curves["facts weighed"] = by_turn(weighed, seed)
         if policy and aspect == "facts recalled": rows += _shown_rows(scripts, policy, turns, seed)

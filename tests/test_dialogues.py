@@ -15,7 +15,7 @@ from llm_scratch.comparison import sign_flip
 from llm_scratch.core import UserError
 from llm_scratch.dialogues import (AT_ONCE, FACTS, FILLINGS, FULL, POLICIES, PRESSURE, SCRIPTS, SILENCE, Script, answers_of, ask_at, asked_summary, at_turn, audit_dialogues, by_band, by_turn,
                                    byte_size, decline, fact_scripts, fading, filler_pairs, grounded, language_by_words, listener, mark, mentions, paired_change, persona_scripts, pin, pressed,
-                                   rule_scripts, said_before, scripts_of, self_play, share_mean, slide, sum_up, talk, told_sentences, twice_scripts, weigh, with_policy, yes_no)
+                                   rule_scripts, said_before, scripts_of, self_play, share_mean, slide, sum_up, talk, told_sentences, twice_scripts, weigh_values, with_policy, yes_no)
 from llm_scratch.evaluation import share_of
 from llm_scratch.safety import Subject, scripted_subject
 
@@ -268,9 +268,9 @@ def test_weighing_finds_what_is_shown_and_corrects_for_what_is_likely_anyway():
     def nats(pairs): return np.array([(0 if value.strip() in text else 3)+len(value) for text, value in pairs], dtype=float)  # long values are unlikely
     scripts = fact_scripts(24, PAIRS)
     subject = Subject("w", PERFECT.ask, nats)
-    assert weigh(subject, scripts, (2, 20)) == {2: [True]*24, 20: [True]*24}
-    assert weigh(subject, scripts, (20,), partial(slide, size=size, most=200)) == {20: [False]*24}  # nothing is gained: a tie is no memory
-    assert weigh(subject, scripts, (20,), partial(pin, size=size, most=200)) == {20: [True]*24}
+    assert weigh_values(subject, scripts, (2, 20)) == {2: [True]*24, 20: [True]*24}
+    assert weigh_values(subject, scripts, (20,), partial(slide, size=size, most=200)) == {20: [False]*24}  # nothing is gained: a tie is no memory
+    assert weigh_values(subject, scripts, (20,), partial(pin, size=size, most=200)) == {20: [True]*24}
     section = audit_dialogues(subject, aspects=["facts recalled"], n=8, n_live=0, turns=(5,), pairs=PAIRS)
     assert [r["mean"] for r in section.rows if r["name"].startswith("facts weighed")] == [1, 1, 0] and len(section.figures) == 1
 
