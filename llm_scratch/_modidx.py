@@ -933,6 +933,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                  'llm_scratch/dialogues.py'),
                                        'llm_scratch.dialogues.turns_figure': ('dialogues.html#turns_figure', 'llm_scratch/dialogues.py'),
                                        'llm_scratch.dialogues.twice_scripts': ('dialogues.html#twice_scripts', 'llm_scratch/dialogues.py'),
+                                       'llm_scratch.dialogues.weigh_values': ('dialogues.html#weigh_values', 'llm_scratch/dialogues.py'),
                                        'llm_scratch.dialogues.with_policy': ('dialogues.html#with_policy', 'llm_scratch/dialogues.py'),
                                        'llm_scratch.dialogues.yes_no': ('dialogues.html#yes_no', 'llm_scratch/dialogues.py')},
             'llm_scratch.distributed': { 'llm_scratch.distributed.BucketedGradients': ( 'distributed.html#bucketedgradients',

@@ -6,6 +6,7 @@ import sys
 from functools import partial
 from pathlib import Path
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -14,7 +15,7 @@ from llm_scratch.comparison import sign_flip
 from llm_scratch.core import UserError
 from llm_scratch.dialogues import (AT_ONCE, FACTS, FILLINGS, FULL, POLICIES, PRESSURE, SCRIPTS, SILENCE, Script, answers_of, ask_at, asked_summary, at_turn, audit_dialogues, by_band, by_turn,
                                    byte_size, decline, fact_scripts, fading, filler_pairs, grounded, language_by_words, listener, mark, mentions, paired_change, persona_scripts, pin, pressed,
-                                   rule_scripts, said_before, scripts_of, self_play, share_mean, slide, sum_up, talk, told_sentences, twice_scripts, with_policy, yes_no)
+                                   rule_scripts, said_before, scripts_of, self_play, share_mean, slide, sum_up, talk, told_sentences, twice_scripts, weigh_values, with_policy, yes_no)
 from llm_scratch.evaluation import share_of
 from llm_scratch.safety import Subject, scripted_subject
 
@@ -145,6 +146,7 @@ def test_repetition():
     assert said_before(["a b c", "a b c"], 2) == [0, 1]
     bands = by_band([[0, 1, 1, None], [0, 0, 0, None]], ((1, 1), (2, 3), (4, 4)))
     assert {b: r.mean for b, r in bands.items()} == {(1, 1): 0, (2, 3): .5}
+    assert all(r.n == 2 for r in bands.values())  # dialogues, not turns
     assert bands[1, 1].stderr == share_of(0, 2).stderr and share_mean([.5]).stderr < 1
 
 # --- scripts -------------------------------------------------------------------------------------------------------
@@ -262,6 +264,16 @@ def test_the_context_is_a_window_and_a_full_dialogue_is_counted():
     with pytest.raises(UserError, match="turns after the second"): audit_dialogues(PERFECT, turns=(1, 5))
     with pytest.raises(UserError, match="no filling"): filler_pairs("weather")
 
+def test_weighing_finds_what_is_shown_and_corrects_for_what_is_likely_anyway():
+    def nats(pairs): return np.array([(0 if value.strip() in text else 3)+len(value) for text, value in pairs], dtype=float)  # long values are unlikely
+    scripts = fact_scripts(24, PAIRS)
+    subject = Subject("w", PERFECT.ask, nats)
+    assert weigh_values(subject, scripts, (2, 20)) == {2: [True]*24, 20: [True]*24}
+    assert weigh_values(subject, scripts, (20,), partial(slide, size=size, most=200)) == {20: [False]*24}  # nothing is gained: a tie is no memory
+    assert weigh_values(subject, scripts, (20,), partial(pin, size=size, most=200)) == {20: [True]*24}
+    section = audit_dialogues(subject, aspects=["facts recalled"], n=8, n_live=0, turns=(5,), pairs=PAIRS)
+    assert [r["mean"] for r in section.rows if r["name"].startswith("facts weighed")] == [1, 1, 0] and len(section.figures) == 1
+
 # --- the record ----------------------------------------------------------------------------------------------------
 
 def test_the_record_resumes(tmp_path, monkeypatch):
@@ -269,12 +281,14 @@ def test_the_record_resumes(tmp_path, monkeypatch):
     import dialogues as bench
     sys.path.remove(str(ROOT/"benchmarks"))
     n = [0]
-    def ask(ds, k): n[0] += len(ds); return [listener(d) if len(d) < 9 or "my" in str(d[-1]).lower() else "" for d in ds]
-    monkeypatch.setattr(bench, "opened", lambda named: Subject(named, ask, context=9000, length=size, about=dict(n_parameters=7)))
-    args = ["--run", "me", "--out", str(tmp_path/"r.json"), "--n", "4", "--n-live", "2", "--live-turns", "4"]
+    def ask(ds, k): n[0] += len(ds); return [listener(d) for d in ds]
+    def nats(pairs): n[0] += len(pairs); return np.array([float(value.strip() not in text) for text, value in pairs])
+    monkeypatch.setattr(bench, "opened", lambda named: Subject(named, ask, nats, context=9000, length=size, about=dict(n_parameters=7)))
+    args = ["--run", "me", "--out", str(tmp_path/"r.json"), "--n", "4", "--n-live", "2", "--live-turns", "4", "--n-weighed", "4", "--window", "300"]
     bench.main(args)
     record, asked_once = json.loads((tmp_path/"r.json").read_text()), n[0]
-    assert set(record["me"]) == {"n_parameters", "context", "how", "at once", *SCRIPTS, *POLICIES, "live"} and record["me"]["facts recalled"]["rows"]["facts recalled, turn 40"][0] > .5
+    assert set(record["me"]) == {"n_parameters", "context", "how", *bench.PARTS}
+    assert [record["me"][part]["rows"]["facts weighed, turn 40"][0] for part in ("weighed", "pinned")] == [1]*2 and record["me"]["facts recalled"]["rows"]["facts recalled, turn 40"][0] == 1
     bench.main(args)
     assert n[0] == asked_once
     bench.main([*args, "--seed", "1"])
