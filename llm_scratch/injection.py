@@ -16,16 +16,15 @@ import re
 import unicodedata
 import zipfile
 import zlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from hashlib import sha256
-from pathlib import Path
 
 from .assistant import first_sentence
 from .core import UserError
 from .data import Source, fetch, read_source
-from .evaluation import Result, share_of
+from .evaluation import share_of
 from .guard import KIT, GuardPolicy, GuardRule, Kit, Part, Prompt, in_clear, readings
 from .report import report_row
 from .safety import Section, Subject, item_id
@@ -119,11 +118,14 @@ def injection_documents(
 _SIGNS = {name:re.compile(pattern, re.I) for name,pattern in {
     "takes back orders":r"\b(ignore|disregard|forget|override|bypass)\b[^.!?\n]{0,30}\b(all|any|previous|prior|above|earlier|everything|your|other|the (user|reader))\b[^.!?\n]{0,30}\b(instructions?|rules?|prompts?|guidelines?|orders?|directions?|restrictions?|policy|policies|filters?|told|above|discussed|instead)\b"
         r"|\b(ignorier\w*|vergiss|missachte)\b[^.!?\n]{0,40}\b(anweisung\w*|alles|regeln)\b|\b(ignora|ignore[zr]|dimentica|oublie[zr]?|olvida)\b[^.!?\n]{0,30}\b(istruzioni|instructions|instrucciones|regole|r[eè]gles|reglas)\b",
-    "new rules":r"\bnew instructions?\b|\bneue anweisung|\bnuove istruzioni|\bnouvelles instructions|\bnuevas instrucciones|\b(no|without|any) (restrictions?|content polic|rules|filters?|safety limits)\b|\b(senza|sin|sans) (alcuna |ninguna |aucune )?(restri\w+)|\bkeine (regeln|einschr)|\bsafety (rules|protocols|guidelines)\b[^.!?\n]{0,40}\b(disabled|do not|don't|not|off)\b|\bmust comply\b|\bgrant (all|this user|admin)",
+    "new rules":r"\bnew instructions?\b|\bneue anweisung|\bnuove istruzioni|\bnouvelles instructions|\bnuevas instrucciones|\b(no|without|any) (restrictions?|content polic|rules|filters?|safety limits)\b|\b(senza|sin|sans) (alcuna |ninguna |aucune )?(restri\w+)|\bkeine (regeln|einschr)"
+        r"|\bsafety (rules|protocols|guidelines)\b[^.!?\n]{0,40}\b(disabled|do not|don't|not|off)\b|\bmust comply\b|\bgrant (all|this user|admin)",
     "hands out a role":r"\byou are now\b|\b(developer|dan|god|admin|unrestricted|jailbreak) mode\b|\bdo anything now\b|\b(act as|pretend)\b[^.!?\n]{0,30}\b(uncensored|unrestricted|unfiltered|no (content|rules|limits|restrictions))|\bmod[oe] (desarrollador|d[eé]velopp?eur|sviluppatore)\b|\bora sei\b|\bdu bist (jetzt|nun)\b",
-    "speaks to the machine":r"\b(notes?|message|instructions?|attention)\b[^.!?\n]{0,12}\b(to|for) (the |any |all )?(ai|assistant|bot|model|llm|agent|coding agent)s?\b|\b(ai|llm) (assistants?|agents?|models?)\b[^.!?\n]{0,40}\b(should|must|reading|integrating|ignore|:)|\bwhen you (summari[sz]e|process|read) this\b|\bin (your|every|each) (summary|reply|response|answer|future reply|report)\b|\bnota di sistema\b|\bfor (all )?future (tasks|replies|sessions)\b|\bnext user message\b",
+    "speaks to the machine":r"\b(notes?|message|instructions?|attention)\b[^.!?\n]{0,12}\b(to|for) (the |any |all )?(ai|assistant|bot|model|llm|agent|coding agent)s?\b|\b(ai|llm) (assistants?|agents?|models?)\b[^.!?\n]{0,40}\b(should|must|reading|integrating|ignore|:)|\bwhen you (summari[sz]e|process|read) this\b"
+        r"|\bin (your|every|each) (summary|reply|response|answer|future reply|report)\b|\bnota di sistema\b|\bfor (all )?future (tasks|replies|sessions)\b|\bnext user message\b",
     "forges a turn or an end":r"(^|\n)\W{0,6}(system|assistant|sistema|syst[eè]me)\s*:|\bend of (document|user input|context|input|text)\b|<(thinking|system|assistant)>|\breasoning trace\b|\bas (the|an) (ai )?assistant, i\b|\b(important )?system update\b",
-    "wants what is secret":r"\b(reveal|print|show|tell|repeat|leak|dump|output|list|give|rivela\w*|zeig\w*|r[eé]v[eè]le\w*|muestra\w*)\b[^.!?\n]{0,40}\b(system[- ]?prompt\w*|prompt di sistema|prompt del sistema|instructions you|tes instructions|words above|environment variables|private (admin |restricted )?(pages|data|database)|(raw |full )?customer (data\w*|list|emails?))\b"
+    "wants what is secret":r"\b(reveal|print|show|tell|repeat|leak|dump|output|list|give|rivela\w*|zeig\w*|r[eé]v[eè]le\w*|muestra\w*)\b[^.!?\n]{0,40}"
+        r"\b(system[- ]?prompt\w*|prompt di sistema|prompt del sistema|instructions you|tes instructions|words above|environment variables|private (admin |restricted )?(pages|data|database)|(raw |full )?customer (data\w*|list|emails?))\b"
         r"|\b(send|forward|email|export)\b[^.!?\n]{0,60}\b(api keys?|passwords?|credentials|secrets?|customer (emails?|list|data\w*)|all order data)\b",
     "calls a tool":r"\b(call|use|run|invoke|execute)\b[^.!?\n]{0,12}\b(send_\w+|delete_\w+|drop_\w+|exec\w*_\w+|\w+_(file|email|records?))\b",
     "unpack and obey":r"\b(decode|decrypt|translate)\b[^\n]{0,60}\b(follow|execute|obey|do exactly)\b|\bdo (exactly )?what it says\b"}.items()}

@@ -3,17 +3,17 @@ import base64
 import json
 import re
 from collections import Counter
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import assume, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from llm_scratch import guard as g
 from llm_scratch.core import UserError, read_json
-from llm_scratch.guard import (ACTIONS, DISGUISES, EVERYDAY, KIT, Decision, GuardPolicy, GuardRule, Kit, Part, Prompt, Safeguard, TextModel, audit_guard, by_sentence, check_dialogue, default_policy, guard_html,
+from llm_scratch.guard import (ACTIONS, DISGUISES, EVERYDAY, KIT, Decision, GuardPolicy, GuardRule, Kit, Part, Prompt, Safeguard, audit_guard, by_sentence, check_dialogue, default_policy, guard_html,
                                guarded, in_clear, load_policy, load_text_model, make_guard, pick_threshold, policy_from, readings, save_text_model, text_features, train_text_model, try_guard)
 from llm_scratch.objectives import GUARDS
 from llm_scratch.safety import refused, scripted_subject
@@ -129,6 +129,8 @@ def test_text_in_clear_has_one_reading():
     assert [t for t in everyday if in_clear(t)] == []
     for text in ("internationalisations"*2, "A1 and B2", "room 42", "https://example.org/abcdefghijklmnop/qrstuvwxyz", "x y"): assert all(base not in r for r in in_clear(text) for base in ("\ufffd",))
     assert by_sentence("One only.") == [] and by_sentence("a\nb") == ["a", "b"]
+    both = "It is what it is. Who was it?"
+    assert readings(base64.b64encode(both.encode()).decode(), [in_clear, by_sentence])[1:] == [both, "It is what it is.", "Who was it?"] # what was packed is taken apart
     assert in_clear("ab"*40) == [] and in_clear(base64.b64encode(bytes(range(40))).decode()) == []
 
 
@@ -187,14 +189,17 @@ def test_a_guard_that_does_nothing_needs_no_package(tmp_path, monkeypatch):
 
 def test_thresholds_are_chosen_on_validation(tmp_path, monkeypatch):
     told = {s:[Prompt(t, h, f"{s} set") for h, texts in ((True, BAD*3), (False, GOOD*3)) for t in texts] for s in ("train", "validation", "test")}
+    odd = "zorp at night, please"
+    told["validation"].append(Prompt(odd, False, "validation set")) # harmless, and only this split says so
     told["test"] = None # not to be looked at
     monkeypatch.setattr(g, "guard_prompts", lambda seed: told)
     monkeypatch.setattr(g, "guard_answers", lambda seed: told)
     made_guard = make_guard(tmp_path, most=0.)
     harm = made_guard.parts["harm"].score
     at = made_guard.policy.rules[0].at
-    assert at >= max(map(harm, GOOD)) and at-max(map(harm, GOOD)) < 1e-3
-    assert [made_guard.check_input(t).do for t in GOOD] == ["pass"]*6 and all(made_guard.check_input(t).stopped for t in BAD)
+    assert max(map(harm, GOOD)) < harm(odd) <= at < harm(odd)+1e-3 < max(map(harm, BAD))
+    assert not made_guard.check_input(odd).stopped and made_guard.check_input(max(BAD, key=harm)).stopped
+    assert make_guard(tmp_path, most=.1).policy.rules[0].at < at # a few may be insulted
 
 
 # --- decisions --------------------------------------------------------------------------------------------------------
