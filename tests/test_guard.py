@@ -294,6 +294,8 @@ def test_planted_faults_are_found_and_absent_ones_are_not():
     assert all(r["step"] == "audit" and r["seed"] == 0 for r in section.rows) and len({r["name"] for r in section.rows}) == len(section.rows)
     blind = shares(audit_guard(made(), PROMPTS, ANSWERS))
     assert {blind[k][0] for k in blind} == {0.} and blind.keys() == got.keys()
+    scissors = shares(audit_guard(made(("bread", "output", "redact"), bread=word_part("bread")), PROMPTS[:1], ANSWERS))
+    assert scissors["clean answers changed"][0] == 1. and scissors["harmless answers stopped, recipes"][0] == 0. # changed, and not stopped
     noisy = shares(audit_guard(made(("any", "output", "block"), any=KIT.parts["any"](Path())), PROMPTS, ANSWERS))
     assert noisy["clean answers changed"][0] == noisy["harmless answers stopped, recipes"][0] == noisy["planted personal data stopped"][0] == 1. and noisy["harmful prompts stopped"][0] == 0.
 
@@ -326,6 +328,9 @@ def test_the_playground_escapes_and_explains(model):
     guard = Safeguard(GuardPolicy((GuardRule("harm", "input", "block", 0.),)), dict(harm=Part(model, why=model.pulls)))
     page = guard_html(guard, "zorp <script>")
     assert "<script>" not in page and "block" in page and "zor" in page and "harm: " in page
+    assert "<b>now" not in guard_html(guard, "greet <b>now") and "&lt;b&gt;now" in guard_html(guard, "greet <b>now")
+    tagged = Safeguard(guard.policy, dict(harm=Part(model, why=lambda t: {"=<i>":1.})))
+    assert "<i>" not in guard_html(tagged, "greet") and "&lt;i&gt; +1.00" in guard_html(tagged, "greet")
     assert "no rule spoke" in guard_html(guard, "greet") and "<span" not in guard_html(guard, "zorp", "output")
     box = try_guard(guard, "greet")
     box.children[0].value = "zorp it"
