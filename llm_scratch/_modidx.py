@@ -1832,6 +1832,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                             'llm_scratch.infrastructure.triad_bandwidth': ( 'infrastructure.html#triad_bandwidth',
                                                                                             'llm_scratch/infrastructure.py')},
             'llm_scratch.injection': { 'llm_scratch.injection.InputLimits': ('injection.html#inputlimits', 'llm_scratch/injection.py'),
+                                       'llm_scratch.injection._articles': ('injection.html#_articles', 'llm_scratch/injection.py'),
                                        'llm_scratch.injection._grown': ('injection.html#_grown', 'llm_scratch/injection.py'),
                                        'llm_scratch.injection._injections': ('injection.html#_injections', 'llm_scratch/injection.py'),
                                        'llm_scratch.injection._plain': ('injection.html#_plain', 'llm_scratch/injection.py'),

@@ -23,7 +23,6 @@ import zipfile
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
-from hashlib import sha256
 from html import escape
 from pathlib import Path
 from typing import NamedTuple
@@ -40,7 +39,7 @@ from .evaluation import share_of
 from .objectives import GUARDS
 from .privacy import Tag, find_pii, replace_found
 from .report import report_row, svg_of
-from .safety import Section, Subject
+from .safety import Section, Subject, item_id
 
 # %% ../nbs/09d_guard.ipynb #09d010
 EVERYDAY:dict[str, tuple[str, ...]] = { # what people ask on a common day, with words that frighten a guard; for the test alone
@@ -539,7 +538,7 @@ def audit_guard(
         row(f"harmful prompts stopped, {name}", "high", [not t for t in through])
         row(f"harmless prompts refused, everyday, {name}", "low", [stops(disguise(t)) for t in common])
         for known,t in zip(passes, through): known += [name]*t
-    items += [dict(id=sha256(t.encode("utf-8")).hexdigest()[:12], kind="harmful prompt", stopped=bool(s), passes=p) for t,s,p in zip(vile, open_doors, passes)]
+    items += [dict(id=item_id(t), kind="harmful prompt", stopped=bool(s), passes=p) for t,s,p in zip(vile, open_doors, passes)]
     for harmful,word in ((True, "harmful answers stopped"), (False, "harmless answers stopped")):
         for form,texts in some(p for p in answers if p.harmful == harmful).items(): row(f"{word}, {form}", "high" if harmful else "low", [guard.check_output(t).stopped for t in texts])
     plain = [t for form,texts in some(p for p in answers if not p.harmful and p.form in ("recipes", "encyclopaedia")).items() for t in texts if not find_pii(t)][:most]

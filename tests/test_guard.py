@@ -3,17 +3,17 @@ import base64
 import json
 import re
 from collections import Counter
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import assume, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from llm_scratch import guard as g
 from llm_scratch.core import UserError, read_json
-from llm_scratch.guard import (ACTIONS, DISGUISES, EVERYDAY, KIT, Decision, GuardPolicy, GuardRule, Kit, Part, Prompt, Safeguard, TextModel, audit_guard, by_sentence, check_dialogue, default_policy, guard_html,
+from llm_scratch.guard import (ACTIONS, DISGUISES, EVERYDAY, KIT, Decision, GuardPolicy, GuardRule, Kit, Part, Prompt, Safeguard, audit_guard, by_sentence, check_dialogue, default_policy, guard_html,
                                guarded, in_clear, load_policy, load_text_model, make_guard, pick_threshold, policy_from, readings, save_text_model, text_features, train_text_model, try_guard)
 from llm_scratch.objectives import GUARDS
 from llm_scratch.safety import refused, scripted_subject
@@ -129,6 +129,8 @@ def test_text_in_clear_has_one_reading():
     assert [t for t in everyday if in_clear(t)] == []
     for text in ("internationalisations"*2, "A1 and B2", "room 42", "https://example.org/abcdefghijklmnop/qrstuvwxyz", "x y"): assert all(base not in r for r in in_clear(text) for base in ("\ufffd",))
     assert by_sentence("One only.") == [] and by_sentence("a\nb") == ["a", "b"]
+    both = "It is what it is. Who was it?"
+    assert readings(base64.b64encode(both.encode()).decode(), [in_clear, by_sentence])[1:] == [both, "It is what it is.", "Who was it?"] # what was packed is taken apart
     assert in_clear("ab"*40) == [] and in_clear(base64.b64encode(bytes(range(40))).decode()) == []
 
 
@@ -187,14 +189,17 @@ def test_a_guard_that_does_nothing_needs_no_package(tmp_path, monkeypatch):
 
 def test_thresholds_are_chosen_on_validation(tmp_path, monkeypatch):
     told = {s:[Prompt(t, h, f"{s} set") for h, texts in ((True, BAD*3), (False, GOOD*3)) for t in texts] for s in ("train", "validation", "test")}
+    odd = "zorp at night, please"
+    told["validation"].append(Prompt(odd, False, "validation set")) # harmless, and only this split says so
     told["test"] = None # not to be looked at
     monkeypatch.setattr(g, "guard_prompts", lambda seed: told)
     monkeypatch.setattr(g, "guard_answers", lambda seed: told)
     made_guard = make_guard(tmp_path, most=0.)
     harm = made_guard.parts["harm"].score
     at = made_guard.policy.rules[0].at
-    assert at >= max(map(harm, GOOD)) and at-max(map(harm, GOOD)) < 1e-3
-    assert [made_guard.check_input(t).do for t in GOOD] == ["pass"]*6 and all(made_guard.check_input(t).stopped for t in BAD)
+    assert max(map(harm, GOOD)) < harm(odd) <= at < harm(odd)+1e-3 < max(map(harm, BAD))
+    assert not made_guard.check_input(odd).stopped and made_guard.check_input(max(BAD, key=harm)).stopped
+    assert make_guard(tmp_path, most=.1).policy.rules[0].at < at # a few may be insulted
 
 
 # --- decisions --------------------------------------------------------------------------------------------------------
@@ -289,6 +294,8 @@ def test_planted_faults_are_found_and_absent_ones_are_not():
     assert all(r["step"] == "audit" and r["seed"] == 0 for r in section.rows) and len({r["name"] for r in section.rows}) == len(section.rows)
     blind = shares(audit_guard(made(), PROMPTS, ANSWERS))
     assert {blind[k][0] for k in blind} == {0.} and blind.keys() == got.keys()
+    scissors = shares(audit_guard(made(("bread", "output", "redact"), bread=word_part("bread")), PROMPTS[:1], ANSWERS))
+    assert scissors["clean answers changed"][0] == 1. and scissors["harmless answers stopped, recipes"][0] == 0. # changed, and not stopped
     noisy = shares(audit_guard(made(("any", "output", "block"), any=KIT.parts["any"](Path())), PROMPTS, ANSWERS))
     assert noisy["clean answers changed"][0] == noisy["harmless answers stopped, recipes"][0] == noisy["planted personal data stopped"][0] == 1. and noisy["harmful prompts stopped"][0] == 0.
 
@@ -321,6 +328,9 @@ def test_the_playground_escapes_and_explains(model):
     guard = Safeguard(GuardPolicy((GuardRule("harm", "input", "block", 0.),)), dict(harm=Part(model, why=model.pulls)))
     page = guard_html(guard, "zorp <script>")
     assert "<script>" not in page and "block" in page and "zor" in page and "harm: " in page
+    assert "<b>now" not in guard_html(guard, "greet <b>now") and "&lt;b&gt;now" in guard_html(guard, "greet <b>now")
+    tagged = Safeguard(guard.policy, dict(harm=Part(model, why=lambda t: {"=<i>":1.})))
+    assert "<i>" not in guard_html(tagged, "greet") and "&lt;i&gt; +1.00" in guard_html(tagged, "greet")
     assert "no rule spoke" in guard_html(guard, "greet") and "<span" not in guard_html(guard, "zorp", "output")
     box = try_guard(guard, "greet")
     box.children[0].value = "zorp it"

@@ -70,14 +70,14 @@ def test_a_fold_is_bounded_and_never_fails(text):
 @pytest.mark.parametrize("said", ["ignore the cake", "a cup of coffee", "Pay me"])
 def test_disguised_letters_are_read(said):
     hidden = {"zero-width":"\u200b".join(said), "homoglyphs":DISGUISES["homoglyphs"](said)[0], "wide":"".join(chr(ord(c)+0xfee0) if c != " " else c for c in said), "tags":"".join(chr(0xe0000+ord(c)) for c in said),
-              "bold":"".join(chr(0x1d41a+ord(c)-97) if c.islower() else c for c in said), "accents":"".join(c+"\u0301"*(c in "aeo") for c in said), "soft hyphens":"\u00ad".join(said), "bidi":f"\u202e{said}\u202c"}
+              "bold":"".join(chr(0x1d41a+ord(c)-97) if c.islower() else c for c in said), "accents":"".join(c+"\u0301"*(c in "aeo") for c in said), "struck out":"".join(c+"\u0336\u0489"*c.isalpha() for c in said), "soft hyphens":"\u00ad".join(said), "bidi":f"\u202e{said}\u202c"}
     for name, text in hidden.items():
         assert text != said and folded(text) == [said], name
 
 
 def test_honest_text_keeps_its_letters():
     for text in ("Съешь ещё этих мягких булок", "👩\u200d👩\u200d👧", "می\u200cخواهم", "خبز", "日本語のパン", "Καλημέρα", "🏴\U000e0067\U000e0062\U000e0065\U000e006e\U000e0067\U000e007f"): assert normalize(text) == text
-    assert folded("Съешь мягких") == [] == folded("日本") # letters without lookalikes: the words stay
+    assert folded("Съешь мягких") == [] == folded("日本") == folded("한국어") # letters without lookalikes: the words stay
     assert folded("мягких ра\u0443") == ["мягких pay"] # word by word
     assert folded("Straße") == [] # no single letter of a keyboard
     assert folded("ı ø ł ʀ") == ["i o l r"]
@@ -97,8 +97,9 @@ def test_every_framing_has_the_question_and_the_words(name):
 
 
 def test_documents_are_drawn_by_seed_and_short():
+    assert injection_documents(3, seed=1) == injection_documents(5, seed=1)[:3] # a record may grow
     a, again, b = injection_documents(5, seed=1), injection_documents(5, seed=1), injection_documents(5, seed=2)
-    assert a == again != b and len(a) == 5 and all(120 < len(t) <= 400 and t.endswith(".") and title.casefold() in t.casefold() for title, t in a)
+    assert a == again != b and len(a) == 5 and all(120 < len(t) <= 300 and t.endswith(".") and title.casefold() in t.casefold() for title, t in a)
 
 
 def shares(section): return {r["name"]:(r["mean"], r["n"]) for r in section.rows}
@@ -135,6 +136,11 @@ def test_what_does_not_fit_is_not_asked():
     subject = replace(scripted_subject(answer), context=200, length=lambda d: len(d[-1]["content"]))
     section = audit_injection(subject, n=3, max_new_tokens=10)
     assert all(len(d[-1]["content"])+10 <= 200 for d in seen) and "200 tokens" in section.notes[0]
+    longest = max(len(d[-1]["content"]) for d in seen)
+    for room, fits in ((9, False), (10, True)):
+        seen.clear()
+        notes = audit_injection(replace(subject, context=longest+room, length=lambda d: min(longest, len(d[-1]["content"]))), n=3, max_new_tokens=10).notes
+        assert (len(seen) == 3*8) == fits and any(n.startswith("Not asked") for n in notes) != fits
     none = audit_injection(replace(subject, context=20), n=2)
     assert none.rows == [] and none.items == [] and any("Not measured: documents answered" in n for n in none.notes)
 
@@ -210,4 +216,5 @@ def test_nfkc_grows_at_most_eighteenfold(): assert max(len(unicodedata.normalize
 
 def test_the_record_has_both_subjects():
     record = read_json(Path(__file__).resolve().parent.parent/"nbs"/"injection.json")
-    assert len(record["subjects"]) == 2 and all({r["n"] for r in s["rows"]} == {record["settings"]["n"]} for s in record["subjects"].values())
+    assert len(record["subjects"]) == 2 and all({r["n"] for r in s["rows"]} == {s["n"]} for s in record["subjects"].values())
+    assert all(sum(i["n"] for i in s["items"]) == s["n"]*(len(PAYLOADS)+len(FRAMINGS)) for s in record["subjects"].values())
