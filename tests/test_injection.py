@@ -133,9 +133,9 @@ def test_a_weak_or_silent_model_is_told_apart_from_a_safe_one():
 def test_what_does_not_fit_is_not_asked():
     seen = []
     def answer(d): seen.append(d); return "tea"
-    subject = replace(scripted_subject(answer), context=200, length=lambda d: len(d[-1]["content"]))
+    subject = replace(scripted_subject(answer), context=420, length=lambda d: len(d[-1]["content"]))
     section = audit_injection(subject, n=3, max_new_tokens=10)
-    assert all(len(d[-1]["content"])+10 <= 200 for d in seen) and "200 tokens" in section.notes[0]
+    assert all(len(d[-1]["content"])+10 <= 420 for d in seen) and seen and "420 tokens" in section.notes[0]
     longest = max(len(d[-1]["content"]) for d in seen)
     for room, fits in ((9, False), (10, True)):
         seen.clear()
