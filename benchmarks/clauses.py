@@ -78,13 +78,15 @@ def decoder_of(run:Path, classes:Sequence[str])->Method:
     from llm_scratch.classification import label_choice, label_task
     from llm_scratch.footprint import Tuning
     from llm_scratch.methods import label_samples, tune_samples
+    from llm_scratch.infrastructure import quick_products
     from llm_scratch.tokenization import load_tokenizer
     model, tok = load_model(run/"model"), load_tokenizer(run/"tokenizer")
     task = label_task(tok, classes, model.cfg.context_len)
     def method(train:Sequence[Clause], texts:Sequence[str])->list[str]:
-        tuned = tune_samples(model, label_samples(task, tok, train), Tuning("full"), round(3*len(train)/8), batch_size=8, pad_id=tok.eot_id)
-        print("tuned on", len(train), flush=True)
-        return label_choice(tuned, task, [tok.encode(t) for t in texts])
+        with quick_products(model.cfg.context_len):
+            tuned = tune_samples(model, label_samples(task, tok, train), Tuning("full"), round(3*len(train)/8), batch_size=8, pad_id=tok.eot_id)
+            print("tuned on", len(train), flush=True)
+            return label_choice(tuned, task, [tok.encode(t) for t in texts])
     return method
 
 def add_decoder(out:Path, run:Path)->None:
