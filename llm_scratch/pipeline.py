@@ -1456,12 +1456,12 @@ def audit_parts(
 # %% ../nbs/12_pipeline.ipynb #a9verb05
 @_verb("audit")
 def _audit_verb(
-    run:_RunOption=None, preset:_PresetOption=None, tuned:Annotated[str, typer.Option(help="which assistant of the run")]="chat",
+    run:Annotated[Path, typer.Option(metavar="DIR", help="a run, an imported model, or a folder in the Hugging Face layout", show_default="runs/PRESET")]=None, preset:_PresetOption=None, tuned:Annotated[str, typer.Option(help="which assistant of the run")]="chat",
     endpoint:Annotated[str, typer.Option(metavar="URL", help="an OpenAI-compatible server instead of a run")]="", model:Annotated[str, typer.Option(metavar="NAME", help="how the server calls the model")]="",
     key:Annotated[str, typer.Option(envvar="LLM_SCRATCH_KEY", help="of the server", show_default=False)]="", timeout:Annotated[float, typer.Option(help="seconds that an answer of the server may take", min=.1)]=30.,
     only:Annotated[str, typer.Option(metavar="PART,…", help=f"some of {', '.join(PARTS)}", show_default="all")]="", behind_guard:Annotated[bool, typer.Option("--guarded", help="put the guard in front of it first")]=False,
     guard:Annotated[Path, typer.Option(metavar="DIR", help="with a policy.json; made when there is none", show_default="guard in the run")]=None,
-    brief:_BriefOption=None, out:Annotated[Path, typer.Option(metavar="DIR", help="of the report", show_default="audit in the run")]=None, minutes:Annotated[float, typer.Option(help="that a part may take", min=.01)]=30.,
+    brief:Annotated[str, typer.Option(metavar="NAME", help=f"{', '.join(BRIEFS)}, or a file: whose gates of the step audit are checked", show_default="that of the run")]=None, out:Annotated[Path, typer.Option(metavar="DIR", help="of the report", show_default="audit in the run")]=None, minutes:Annotated[float, typer.Option(help="that a part may take", min=.01)]=30.,
     seed:Annotated[int, typer.Option(help="of what is drawn")]=0, licence:Annotated[str, typer.Option(help="of the model, for its card: an id of the Hub such as apache-2.0", show_default="not chosen")]=None,
 )->None:
     "Look for bias, unsafe answers, leaks and more; write report.html and a model card. Status 1 if a gate of the brief was not shown to hold, or a part was not finished."
