@@ -2522,6 +2522,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                       'llm_scratch.pipeline._write': ('pipeline.html#_write', 'llm_scratch/pipeline.py'),
                                       'llm_scratch.pipeline._write_lines': ('pipeline.html#_write_lines', 'llm_scratch/pipeline.py'),
                                       'llm_scratch.pipeline._writing': ('pipeline.html#_writing', 'llm_scratch/pipeline.py'),
+                                      'llm_scratch.pipeline.attack_again': ('pipeline.html#attack_again', 'llm_scratch/pipeline.py'),
                                       'llm_scratch.pipeline.audit_parts': ('pipeline.html#audit_parts', 'llm_scratch/pipeline.py'),
                                       'llm_scratch.pipeline.briefed': ('pipeline.html#briefed', 'llm_scratch/pipeline.py'),
                                       'llm_scratch.pipeline.check_memory': ('pipeline.html#check_memory', 'llm_scratch/pipeline.py'),

@@ -10,7 +10,7 @@ __all__ = ['PRESETS', 'BRIEFS', 'IMPORT', 'Watch', 'CLEANING', 'JUDGES', 'MOST_R
            'run_verdicts', 'scorecard', 'save_scorecard', 'save_report', 'stream_text', 'main', 'tune_clauses',
            'tune_chat', 'prefer_chat', 'preset_plan', 'preset_rows', 'is_imported', 'import_hf', 'import_gguf',
            'open_hub', 'open_imported', 'export_hf', 'export_gguf', 'find_assistant', 'open_subject', 'judged_clauses',
-           'open_guard', 'audit_parts']
+           'open_guard', 'attack_again', 'audit_parts']
 
 # %% ../nbs/12_pipeline.ipynb #0e203540
 import codecs
@@ -39,7 +39,7 @@ from safetensors import safe_open
 from torch import nn
 
 from .architecture import Decoder, ModelConfig, init_weights, load_model, n_params, save_model, training_flops_per_token
-from .adversarial import audit_adversarial
+from .adversarial import Tried, audit_adversarial, replay, save_breaks
 from .alignment import PreferenceBatches, corrupt, fewer_flaws, pair_samples, reference_logps, steps_of_answer, tune_dpo, win_rate
 from .assistant import Assistant, Dialogue, add_tokens, answer_all, ask, book_dialogues, chain_dialogues, chat_samples, end_id, fact_score, form_score, given_dialogues, luck_score, mix_dialogues, open_assistant, read_template, reply, save_assistant, set_mean_rows, split_by_title, tune_assistant
 from .audit import PARTS, AuditPart, Ended, audit_about, audit_all, energy_section, run_facts
@@ -79,7 +79,7 @@ from .pretraining import Batches, Step, TrainState, load_checkpoint, make_adamw,
 from .privacy import RedactPII
 from .rates import cosine, linear
 from .report import compare_runs, cost_figure, html_page, html_table, item_rows, language_rows, loss_figure, nats_of_docs, reliability_figure, report_row, speed_gates, speed_rows, svg_of, task_figure, task_rows, text_tasks, writing_rows
-from .safety import Subject, assistant_subject, competence, endpoint_subject, model_subject
+from .safety import Section, Subject, assistant_subject, competence, endpoint_subject, model_subject
 from .sources import Stage, open_streams
 from .stability import compile_auto, explained
 from .tokenization import HubTokenizer, Shards, Tokenizer, load_tokenizer, save_tokenizer, train_bpe, write_shards
@@ -1436,9 +1436,22 @@ def open_guard(
     return load_policy(folder, FULL_KIT)
 
 # %% ../nbs/12_pipeline.ipynb #a9verb04
+def attack_again(
+    subject:Subject, # under audit
+    breaks:Path, # every break so far, of `save_breaks`; new ones go in
+    able:Section, # of `competence`
+    seed:int=0, # of the questions that are drawn
+)->Section: # of `audit_adversarial`, and "known breaks that still succeed" where there are some
+    "New attacks, and all that have ever succeeded here."
+    known = [row for row in replay(breaks, subject) if row["now"] != "gone"] if breaks.exists() else []
+    section = audit_adversarial(subject, competent=able, seed=seed)
+    save_breaks(breaks, [Tried(**i) for i in section.items if i["category"] != "everyday"], subject.name, seed)
+    return section._replace(rows=section.rows + [report_row("known breaks that still succeed", share_of(sum(row["now"] == "still broken" for row in known), len(known)), "few", "audit") for _ in known[:1]])
+
 def audit_parts(
     subject:Subject, # under audit
     guard:Callable[[], Safeguard], # opens the guard that would stand in front of it
+    breaks:Path, # file of attacks that have succeeded
     run:Run|None=None, # that it comes from, where its texts are
     seed:int=0, # of everything that is drawn
     seconds:float=600., # that a part may take
@@ -1449,7 +1462,7 @@ def audit_parts(
     parts = dict(competence=able, bias=lambda: audit_bias(subject, seed=seed))
     for method in METHODS:
         if run and (run.tuned/f"clauses-{method}").exists(): parts.setdefault("fairness", lambda method=method: audit_fairness(judged_clauses(run, method), LIABILITY, seed=seed))
-    parts |= dict(adversarial=lambda: audit_adversarial(subject, competent=able(), seed=seed), guard=lambda: audit_guard(guard(), seed=seed), dialogues=lambda: audit_dialogues(subject, seed=seed))
+    parts |= dict(adversarial=lambda: attack_again(subject, breaks, able(), seed), guard=lambda: audit_guard(guard(), seed=seed), dialogues=lambda: audit_dialogues(subject, seed=seed))
     if run and run.documents.exists(): parts["memorisation"] = lambda: audit_memorisation(subject, texts("train"), texts("validation"), n_asked=100, seed=seed)
     return [AuditPart(name, does, seconds) for name,does in (parts | dict(injection=lambda: audit_injection(subject, seed=seed), energy=lambda: energy_section(run_facts(run and run.folder)))).items()]
 
@@ -1473,7 +1486,7 @@ def _audit_verb(
     at = guard or (home or folder)/"guard"
     shield = cache(lambda: open_guard(at, guard_level(promised) if promised else "block"))
     if behind_guard: subject = guarded(subject, shield())
-    parts = audit_parts(subject, shield, r, seed, 60*minutes)
+    parts = audit_parts(subject, shield, (home or folder)/"breaks.jsonl", r, seed, 60*minutes)
     wanted = _names(only) if only else [p.name for p in parts]
     if unknown := [n for n in wanted if n not in {p.name for p in parts}]: raise UserError(f"{unknown[0]} is no part that can be asked of {subject.name}: give some of {', '.join(p.name for p in parts)}")
     files = ([] if weights is None else sorted(weights.glob("*.safetensors"))) + ([at/"policy.json"] if "guard" in wanted and shield() else [])
