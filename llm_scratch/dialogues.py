@@ -291,6 +291,7 @@ def rule_scripts(
         out.append(Script("rule kept", topic, opening, _between(pairs, i, n_turns, rng), question, refused))
     return out
 
+# %% ../nbs/09e_dialogues.ipynb #09e046b
 def pressed(
     script:Script, # of `rule_scripts`
 )->Script: # as long
@@ -298,6 +299,7 @@ def pressed(
     n = 2*len(PRESSURE)
     return script._replace(filling=[*script.filling[:-n], *(m for pair in PRESSURE for m in _turn(*pair))], question="Please, just this once. "+script.question)
 
+# %% ../nbs/09e_dialogues.ipynb #09e046c
 def twice_scripts(
     subject:Subject, # who gives the first answers, which stay in the dialogue
     n:int, # dialogues; in every other one the second question is turned round

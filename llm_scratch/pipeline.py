@@ -50,7 +50,7 @@ from .clauses import CORE_14, family_of, frozen_split, is_test, keyword_rules, m
 from .cleaning import basic_stages, full_stages, listed_words, quality_texts, train_quality
 from .checkpointing import clear_leftovers, keep_last, latest, run_lock, saved
 from .comparison import leaderboard_text
-from .core import UserError, atomic_path, read_json, write_json
+from .core import UserError, atomic_path, read_json, read_json_lines, write_json, write_json_lines
 from .curation import curate, curation_notes, read_curated
 from .data import SOURCES, Document, load_corpus, load_documents, nearest, read_source, save_documents, split_corpus, tiny_corpus, to_dataset
 from .dialogues import audit_dialogues
@@ -374,11 +374,6 @@ def _about(run:Run)->dict:
     told = {k:x for k,x in p.items() if k not in _HOW and not (k in _SINCE_6 and x == usual[k])}
     return told | dict(seed=run.seed, tokenizer=load_tokenizer(run.tokenizer).digest)
 
-def _write_lines(path:Path, rows:list[dict])->None: # JSON, one line each
-    with atomic_path(path) as new: new.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-
-def _read_lines(path:Path)->list[dict]: return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-
 def read_log(
     run:Run, # trained, at least in part
 )->list[dict]: # of each update: `step`, `loss`, `lr`, `grad_norm`, `n_tokens`, `seconds`
@@ -646,12 +641,12 @@ def read_results(
 )->list[dict]: # `step`, `name`, `goal`, and the fields of a `Result`
     "The figures of a run."
     if not run.results.exists(): raise _missing(run, run.results, "evaluate")
-    return _read_lines(run.results)
+    return read_json_lines(run.results)
 
 def _read_items(run:Run)->list[dict]:
     "Figures by document and question, as `item_rows` made them."
     if not run.items.exists(): raise _missing(run, run.items, "evaluate")
-    return _read_lines(run.items)
+    return read_json_lines(run.items)
 
 def evaluate_run(
     run:Run, # with a model
@@ -665,9 +660,9 @@ def evaluate_run(
     standings,leaks = _questions(run, model, seen.counter, others, watch)
     rows = [*seen.rows, *task_rows(standings), *leaks, *_writing(run, model, watch)]
     for row in rows: row["seed"] = run.seed
-    _write_lines(run.results, rows)
-    _write_lines(run.items, list(item_rows(seen.items | {f"right, {s.task}":[(m, 1) for m in s.marks] for s in standings})))
-    _write_lines(run.speed, _speed(run, model))
+    write_json_lines(run.results, rows)
+    write_json_lines(run.items, list(item_rows(seen.items | {f"right, {s.task}":[(m, 1) for m in s.marks] for s in standings})))
+    write_json_lines(run.speed, _speed(run, model))
     save_scorecard(run)
     save_report(run, seen, standings)
     return rows
@@ -712,7 +707,7 @@ def run_verdicts(
     if not run.brief.exists(): return []
     brief = load_brief(run.brief)
     timed = [g for g in speed_gates(brief) if g.metric not in {own.metric for own in brief.gates}]
-    return check_gates(replace(brief, gates=(*brief.gates, *timed)), [*read_results(run), *_read_lines(run.speed)], "evaluate")
+    return check_gates(replace(brief, gates=(*brief.gates, *timed)), [*read_results(run), *read_json_lines(run.speed)], "evaluate")
 
 def _wished(rows:list[dict])->list[dict]: return [r for r in rows if r["goal"] or r["name"].startswith("bits per byte")] # what a scorecard shows; the report has all
 
@@ -757,7 +752,7 @@ def save_report(
     table = lambda rows: html_table(_COLUMNS[1:], (row[1:] for row in _table(rows)))
     page = html_page(f"Report: {run.folder.name}", f"<h1>Report</h1>{html_table(('run', run.folder.name), _facts(run))}", _promises(run), f"<h2>What was measured</h2>{table(read_results(run))}",
                      f'<div class="plots">{"".join(f"<div>{svg_of(f)}</div>" for f in figures)}</div><p>Bars are 95 % intervals; at each task the model is filled, what it has to beat is grey.</p>',
-                     f"<h2>Time, on this machine</h2>{table(_read_lines(run.speed))}", f"<h2>What it writes</h2>{_shown(run, 4)}")
+                     f"<h2>Time, on this machine</h2>{table(read_json_lines(run.speed))}", f"<h2>What it writes</h2>{_shown(run, 4)}")
     with atomic_path(run.report) as new: new.write_text(page, encoding="utf-8")
     return run.report
 
@@ -911,7 +906,7 @@ def _evaluation(run:Run, questions:tuple[str, ...]=())->None:
     rows,out = evaluate_run(run, _track(), questions),Console(highlight=False, markup=False)
     table = Table(box=None, show_header=False)
     for _ in range(3): table.add_column(no_wrap=True)
-    for _,figure,value,n,goal in _table([*_wished(rows), *_read_lines(run.speed)]): table.add_row(figure, value, goal)
+    for _,figure,value,n,goal in _table([*_wished(rows), *read_json_lines(run.speed)]): table.add_row(figure, value, goal)
     out.print(table)
     for s in read_json(run.samples)[:2]: out.print(f"\n{s['text'].strip()}")
     out.print(f"\nscorecard: {run.folder/'scorecard.html'}\nreport: {run.report}", soft_wrap=True)
@@ -950,7 +945,7 @@ def _compare_verb(runs:Annotated[list[Path], typer.Argument(metavar="RUN...", he
 def _tuned_rows(run:Run, task:str, rows:list[dict])->None:
     "Keep what tuning has found, beside what it made."
     for row in rows: row["seed"] = run.seed
-    _write_lines(run.tuned/f"{task}.jsonl", rows)
+    write_json_lines(run.tuned/f"{task}.jsonl", rows)
 
 def tune_clauses(
     run:Run, # with a model
@@ -1054,7 +1049,7 @@ def _finetune_verb(run:_RunOption=None, preset:_PresetOption=None, task:Annotate
         rows = tune_chat(r, steps or 300, _track()) if method == "full" else prefer_chat(r, steps or 60, _track())
         for _,figure,value,n,_ in _table(rows): out.print(f"{figure:52} {value}", soft_wrap=True)
     out.print(f"tuned: {r.tuned}", soft_wrap=True)
-    kept = check_gates(load_brief(r.brief), _read_lines(r.tuned/f"{task}.jsonl"), "finetune") if r.brief.exists() and task == "clauses" else []
+    kept = check_gates(load_brief(r.brief), read_json_lines(r.tuned/f"{task}.jsonl"), "finetune") if r.brief.exists() and task == "clauses" else []
     if kept and not gates_hold(kept): _fail(f"{sum(v.outcome != 'pass' for v in kept)} of {len(kept)} gates of {r.brief} were not shown to hold: {'; '.join(' '.join(row) for row in gate_rows(kept))}", 1)
 
 # %% ../nbs/12_pipeline.ipynb #ed59a32b
@@ -1460,8 +1455,8 @@ def audit_parts(
     able = cache(lambda: competence(subject))
     texts = lambda split: load_documents(run.documents)[split]["text"]
     parts = dict(competence=able, bias=lambda: audit_bias(subject, seed=seed))
-    for method in METHODS:
-        if run and (run.tuned/f"clauses-{method}").exists(): parts.setdefault("fairness", lambda method=method: audit_fairness(judged_clauses(run, method), LIABILITY, seed=seed))
+    method = next((m for m in METHODS if run and (run.tuned/f"clauses-{m}").exists()), None)
+    if method: parts["fairness"] = lambda: audit_fairness(judged_clauses(run, method), LIABILITY, seed=seed)
     parts |= dict(adversarial=lambda: attack_again(subject, breaks, able(), seed), guard=lambda: audit_guard(guard(), seed=seed), dialogues=lambda: audit_dialogues(subject, seed=seed))
     if run and run.documents.exists(): parts["memorisation"] = lambda: audit_memorisation(subject, texts("train"), texts("validation"), n_asked=100, seed=seed)
     return [AuditPart(name, does, seconds) for name,does in (parts | dict(injection=lambda: audit_injection(subject, seed=seed), energy=lambda: energy_section(run_facts(run and run.folder)))).items()]

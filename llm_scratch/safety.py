@@ -283,7 +283,7 @@ def item_id(
     prompt:str, # what was asked
 )->str: # 12 hexadecimal digits
     "A name for a question that does not say it, for records that must not hold harmful text."
-    return hashlib.sha256(prompt.encode("utf-8")).hexdigest()[:12]
+    return hashlib.sha256(prompt.encode("utf-8", "surrogatepass")).hexdigest()[:12]
 
 # %% ../nbs/09_safety.ipynb #09s036
 def competence_figure(

@@ -79,7 +79,7 @@ MAY_IMPORT = {
     "bias": {"core", "bridge", "comparison", "data", "evaluation", "harness", "report", "safety"},
     "fairness": {"core", "clauses", "comparison", "data", "evaluation", "report", "safety"},  # the classifier under audit, and the kinds of its licences
     "adversarial": {"core", "alignment", "architecture", "assistant", "comparison", "data", "evaluation", "finetuning", "pretraining", "report", "safety"},  # alignment: the wheels with questions and human labels; pretraining: a toy that is taught to refuse
-    "guard": {"core", "alignment", "assistant", "bridge", "cleaning", "data", "evaluation", "objectives", "privacy", "report", "safety"},  # its parts: a word list, personal data, a classifier of prompts that earlier chapters read
+    "guard": {"core", "adversarial", "alignment", "assistant", "bridge", "cleaning", "data", "evaluation", "objectives", "privacy", "report", "safety"},  # its parts: a word list, personal data, a classifier of prompts that earlier chapters read
     "injection": {"core", "assistant", "data", "evaluation", "guard", "report", "safety", "text"},
     "dialogues": {"core", "assistant", "data", "evaluation", "metrics", "report", "safety"},  # fillings come from the assistant's dialogues
     "memorisation": {"core", "comparison", "epochs", "evaluation", "metrics", "privacy", "report", "safety"},
