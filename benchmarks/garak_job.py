@@ -1,7 +1,7 @@
 """garak's probes against a server of ours, in an environment of its own; it fails unless every probe has scored something.
 
     llm-scratch serve runs/cpu                                     in another terminal: a server at http://127.0.0.1:8000
-    python benchmarks/garak_job.py                                 installs garak into runs/garak (2 GB, once), asks, reads the report
+    python benchmarks/garak_job.py                                 installs garak into runs/garak (1 to 2 GB, once), asks, reads the report
     python benchmarks/garak_job.py --url http://127.0.0.1:8000 --model mine --probes encoding.InjectBase64 phrasing.PastTense
     python benchmarks/garak_job.py --read some.report.jsonl --probes encoding.InjectBase64    read a report that is there
 
@@ -54,20 +54,27 @@ def unscored(
     counted = {s["probe"] for s in scores if s["total"] > 0}
     return [p for p in probes if p not in counted]
 
+def joined(
+    reports:Iterable[Path], # of garak
+)->str: # JSON lines
+    "Several reports as one; garak ends none of them with an end of line."
+    return "".join(f"{p.read_text(encoding='utf-8').rstrip()}\n" for p in reports)
+
 def ask(url:str, model:str, probes:Sequence[str], work:Path, max_new_tokens:int)->Path: # garak's report
     "Make the environment if it is not there, and run every probe by itself, so that one that fails does not take the others with it."
     python = work/"venv"/"bin"/"python"
     if not python.exists():
         venv.create(work/"venv", with_pip=True)
         subprocess.run([python, "-m", "pip", "install", "-q", "-U", "pip"], check=True) # the old resolver takes half an hour
-        subprocess.run([python, "-m", "pip", "install", "-q", f"garak=={VERSION}"], check=True)
+        torch = next(line.strip() for line in (ROOT/"constraints.txt").read_text(encoding="utf-8").splitlines() if line.startswith("torch==")) # a looser pin brings gigabytes of CUDA
+        subprocess.run([python, "-m", "pip", "install", "-q", f"garak=={VERSION}", torch], check=True)
     (work/"llm_scratch_target.py").write_text(TARGET, encoding="utf-8")
     report,env = work/"garak.report.jsonl",os.environ | dict(TARGET_URL=url, TARGET_MODEL=model, TARGET_TOKENS=str(max_new_tokens), PYTHONPATH=str(work), XDG_DATA_HOME=str(work/"data"))
     report.unlink(missing_ok=True)
     for probe in probes:
         for old in (work/"data").rglob("*.report.jsonl"): old.unlink()
         subprocess.run([python, "-m", "garak", "--target_type", "function.Single", "--target_name", "llm_scratch_target#say", "--probes", probe, "--generations", "1"], cwd=work, env=env, check=False)
-        with open(report, "a", encoding="utf-8") as all_of: all_of.writelines(p.read_text(encoding="utf-8") for p in sorted((work/"data").rglob("*.report.jsonl")))
+        with open(report, "a", encoding="utf-8") as all_of: all_of.write(joined(sorted((work/"data").rglob("*.report.jsonl"))))
     return report
 
 def main(argv:Sequence[str]|None=None)->int: # exit code
@@ -83,7 +90,7 @@ def main(argv:Sequence[str]|None=None)->int: # exit code
     args.work.mkdir(parents=True, exist_ok=True)
     report = args.read or ask(args.url, args.model, args.probes, args.work.absolute(), args.max_new_tokens)
     if not report.exists(): raise UserError(f"{report} is missing: garak wrote no report, see what it printed above")
-    scores = read_scores(report.read_text(encoding="utf-8").splitlines())
+    scores = read_scores(report.read_text(encoding="utf-8").split("\n"))  # prompts hold other ends of lines
     for s in scores: print(f"{s['probe']:40} {s['detector']:40} held {share_of(s['held'], s['total']) if s['total'] else 'nothing was scored'}")
     if args.out: write_json(args.out, scores)
     if silent := unscored(scores, args.probes): print(f"error: {len(silent)} of {len(args.probes)} probes scored nothing, which is no pass: {', '.join(silent)}", file=sys.stderr)

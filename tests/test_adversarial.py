@@ -372,6 +372,10 @@ def test_a_probe_of_garak_that_scored_nothing_is_no_pass(tmp_path, capsys):
     assert job.main([*common, "--probes", "a.One", "b.Two", "d.Missing"]) == 1 and "2 of 3 probes scored nothing, which is no pass: b.Two, d.Missing" in capsys.readouterr().err
     assert json.loads((tmp_path/"out.json").read_text(encoding="utf-8"))[0] == dict(probe="a.One", detector="d.X", held=3, total=4)
     with pytest.raises(UserError, match="line 2 of the report is not JSON"): job.read_scores(["{}", "{"])
+    for name in "ab": (tmp_path/name).write_text(json.dumps(lines[1])+"\n"+json.dumps(dict(said="one\u2028line"), ensure_ascii=False), encoding="utf-8")  # as garak ends them
+    assert job.main(["--work", str(tmp_path), "--read", str(report), "--probes", "a.One"]) == 0 and len(job.read_scores(job.joined([tmp_path/"a", tmp_path/"b"]).split("\n"))) == 2
+    report.write_text(job.joined([tmp_path/"a", tmp_path/"b"]), encoding="utf-8")
+    assert job.main([*common, "--probes", "a.One"]) == 0
     compile(job.TARGET, "target", "exec")
     with pytest.raises(UserError, match="is missing: garak wrote no report"): job.main(["--work", str(tmp_path), "--read", str(tmp_path/"none")])
 
