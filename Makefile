@@ -47,5 +47,5 @@ $(VENV)/.library: $(VENV)/bin/python settings.ini setup.py pyproject.toml constr
 	@touch $@
 
 $(VENV)/.development: $(VENV)/bin/python settings.ini setup.py pyproject.toml constraints.txt
-	$(PIP) -e '.[dev,docs,data,distributed,evaluation,finetuning,safety,monitor,megatron,interchange,fast]'
+	$(PIP) -e '.[dev,docs,data,distributed,evaluation,finetuning,safety,monitor,megatron,interchange,fast,deploy,serve]'
 	@touch $@ $(VENV)/.library
