@@ -903,7 +903,12 @@ button:disabled { opacity: .5; cursor: default; }
 .row { display: flex; flex-wrap: wrap; gap: .5rem; margin-top: .5rem; align-items: center; }
 .consent { display: flex; gap: .5rem; align-items: start; margin-top: .5rem; }
 .consent input { margin-top: .3rem; inline-size: 1.2rem; block-size: 1.2rem; flex: none; }
+label { display: block; margin-top: .25rem; }
+#hello { margin-bottom: .75rem; }
+svg { inline-size: 1.1em; block-size: 1.1em; fill: currentColor; vertical-align: -.15em; margin-right: .4em; }
+.down svg { transform: rotate(180deg); }
 [hidden] { display: none !important; }
+@media (max-width: 40rem), (max-height: 40rem) { form { position: static; } }
 """
 
 # %% ../nbs/10c_server.ipynb #10c122
@@ -916,6 +921,7 @@ _BODY = """<header><h1>{name}</h1><button type="button" id="fresh">{fresh}</butt
 <div class="row"><button class="main" id="send">Send</button><button type="button" id="stop" hidden>Stop</button></div>
 {consent}<p id="status" role="status"></p>
 </form>
+<template id="thumb"><svg viewBox="0 0 24 24" aria-hidden="true"><path d="M2 10h4v11H2zM8 21V10l5-8c1.6 0 2.3 1.3 1.9 2.8L14 9h6c1.2 0 2 1 1.7 2.2l-2 8.2c-.3 1-1.1 1.6-2.2 1.6z"/></svg></template>
 <noscript>This page needs JavaScript; it asks no other server than this one.</noscript>"""
 _KEY = """<label for="key">API key of this server (it is forgotten when you close the page)</label><input id="key" type="password" autocomplete="off">
 """
@@ -994,7 +1000,7 @@ async function answer() {
   say(why, wrong);
   if (said.trim()) { talk.push({ role: 'assistant', content: said }); tools(item, id, asked, said); }
   else { item.remove(); retract(); }
-  $('text').focus();
+  if (matchMedia('(pointer: fine)').matches) $('text').focus({ preventScroll: true }); // elsewhere a keyboard would cover the answer
 }
 """
 
@@ -1016,14 +1022,14 @@ function busy(yes) {
 function tools(item, id, messages, said) { // what can be done with an answer
   const row = item.appendChild(make('div', '', { className: 'row' }));
   row.append(make('button', 'Regenerate', { type: 'button', className: 'again', onclick() { talk.pop(); item.remove(); answer(); } }));
-  if (page.feedback === 'yes') for (const [rating, sign, label] of [['up', '👍', 'Good answer'], ['down', '👎', 'Bad answer']]) {
-    const button = make('button', sign, { type: 'button', async onclick() {
+  if (page.feedback === 'yes') for (const [rating, label] of [['up', 'Good'], ['down', 'Bad']]) {
+    const button = make('button', label, { type: 'button', className: rating, async onclick() {
       const consent = $('consent').checked, got = await post('v1/feedback', { id, rating, consent, ...(consent ? { messages, answer: said } : {}) }).catch(e => e);
       if (!got.ok) return say(got.json ? (await reason(got)).message : String(got), true);
       for (const b of row.querySelectorAll('[aria-pressed]')) b.setAttribute('aria-pressed', b === button);
       say(consent ? 'Thank you. Your rating and the text are kept.' : 'Thank you. Your rating is kept, without the text.');
     } });
-    button.setAttribute('aria-label', label);
+    button.prepend($('thumb').content.cloneNode(true));
     button.setAttribute('aria-pressed', 'false');
     row.append(button);
   }

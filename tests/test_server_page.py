@@ -48,10 +48,10 @@ def test_a_dialogue_with_thumbs(page, tmp_path):
         assert page.js(LAST) == ANSWER and page.js("document.querySelectorAll('li b, li i').length") == 0  # text is text
         assert page.js("document.activeElement.id") == "text" and page.js("document.getElementById('log').getAttribute('aria-busy')") == "false"
         shown(page, "light")
-        button(page, "Good answer")
+        button(page, "Good")
         page.until(f"({STATUS}).includes('without the text')")
         page.js("document.getElementById('consent').click()")
-        button(page, "Bad answer")
+        button(page, "Bad")
         page.until(f"({STATUS}).includes('and the text')")
         assert page.js("[...document.querySelectorAll('[aria-pressed]')].map(b => b.getAttribute('aria-pressed')).join()") == "false,true"
         rows = [json.loads(line) for line in kept.read_text(encoding="utf-8").splitlines()]
