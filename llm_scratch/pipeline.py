@@ -10,7 +10,7 @@ __all__ = ['PRESETS', 'BRIEFS', 'IMPORT', 'Watch', 'CLEANING', 'JUDGES', 'MOST_R
            'run_verdicts', 'scorecard', 'save_scorecard', 'save_report', 'stream_text', 'main', 'tune_clauses',
            'tune_chat', 'prefer_chat', 'preset_plan', 'preset_rows', 'is_imported', 'import_hf', 'import_gguf',
            'open_hub', 'open_imported', 'export_hf', 'export_gguf', 'find_assistant', 'open_subject', 'judged_clauses',
-           'open_guard', 'attack_again', 'audit_parts']
+           'open_guard', 'attack_again', 'audit_parts', 'open_served']
 
 # %% ../nbs/12_pipeline.ipynb #0e203540
 import codecs
@@ -80,6 +80,8 @@ from .privacy import RedactPII
 from .rates import cosine, linear
 from .report import compare_runs, cost_figure, html_page, html_table, item_rows, language_rows, loss_figure, nats_of_docs, reliability_figure, report_row, speed_gates, speed_rows, svg_of, task_figure, task_rows, text_tasks, writing_rows
 from .safety import Section, Subject, assistant_subject, competence, endpoint_subject, model_subject
+from .server import Limits, Served, ask_server, make_app, read_keys, run_server
+from .serving import BatchEngine
 from .sources import Stage, open_streams
 from .stability import compile_auto, explained
 from .tokenization import HubTokenizer, Shards, Tokenizer, load_tokenizer, save_tokenizer, train_bpe, write_shards
@@ -1361,21 +1363,28 @@ def find_assistant(
     return model if is_imported(folder) and _template(model) else None
 
 @_verb("chat")
-def _chat_verb(run:_RunOption=None, preset:_PresetOption=None, tuned:Annotated[str, typer.Option(help="which assistant of the run, such as chat-dpo")]="chat", temperature:_Temperature=SAMPLING["temperature"], top_k:_TopK=None, top_p:_TopP=SAMPLING["top_p"])->None:
-    "Talk to the assistant of a run (`finetune --task chat`), or let its model continue what you begin; an empty line ends."
+def _chat_verb(
+    run:_RunOption=None, preset:_PresetOption=None, tuned:Annotated[str, typer.Option(help="which assistant of the run, such as chat-dpo")]="chat", temperature:_Temperature=SAMPLING["temperature"], top_k:_TopK=None, top_p:_TopP=SAMPLING["top_p"],
+    url:Annotated[str, typer.Option(metavar="URL", help="an OpenAI-compatible server instead of a run, such as http://127.0.0.1:8000")]="", model:Annotated[str, typer.Option(metavar="NAME", help="how the server calls the model", show_default="the one that it has")]="",
+    key:Annotated[str, typer.Option(envvar="LLM_SCRATCH_KEY", help="of the server", show_default=False)]="",
+)->None:
+    "Talk to the assistant of a run (`finetune --task chat`) or of a server, or let the model of a run continue what you begin; an empty line ends."
     how = dict(temperature=temperature, top_k=top_k, top_p=top_p)
+    if url: return _talk(lambda messages, **seed: ask_server(url, messages, model=model, key=key or None, **seed), **how)
     home = find_assistant(_home(run, preset), tuned)
-    if home: _talk(open_assistant(home), **how)
+    if home:
+        assistant = open_assistant(home)
+        _talk(lambda messages, **seed: reply(*assistant[:2], messages, template=assistant.template, **seed), **how)
     else: _continue(*_open_model(run, preset), **how)
 
-def _talk(assistant:Assistant, **how)->None:
+def _talk(answer:Callable[..., Iterator[str]], **how)->None: # a dialogue, a seed and dials to pieces of text
     "A dialogue; what was said before is known, as far as the context goes."
     print("Ask for a recipe, or what something is. Ctrl-C stops an answer, an empty line ends.", file=sys.stderr)
     messages = []
     for line in _lines_typed():
         messages,said = [*messages, dict(role="user", content=line)],""
         try:
-            for piece in reply(*assistant[:2], messages, template=assistant.template, seed=len(messages), **how):
+            for piece in answer(messages, seed=len(messages), **how):
                 said += piece
                 print(piece, end="", flush=True)
         except UserError as e: print(e, file=sys.stderr)
@@ -1399,14 +1408,17 @@ def _lines_typed()->Iterator[str]: # until an empty one, or the end
 
 
 # %% ../nbs/12_pipeline.ipynb #a9verb02
+def _whom(folder:str|Path, tuned:str)->tuple[bool, Path|None]: # whether it is a run, and its assistant if there is one
+    folder = Path(folder)
+    is_run = (folder/"run.json").is_file() or not folder.is_dir()
+    return is_run, find_assistant(folder, tuned) if is_run else folder if _template(folder) else None
+
 def open_subject(
     folder:str|Path, # a run directory, an imported model, or a folder in the Hugging Face layout
     tuned:str="chat", # which assistant of a run
 )->tuple[Subject, Path]: # who is asked, and where its weights are
     "The assistant that is there, or else the model."
-    folder = Path(folder)
-    is_run = (folder/"run.json").is_file() or not folder.is_dir()
-    home = find_assistant(folder, tuned) if is_run else folder if _template(folder) else None
+    folder,(is_run,home) = Path(folder),_whom(folder, tuned)
     if home: return assistant_subject(open_assistant(home), f"{folder.name}, {home.name}" if home != folder else folder.name),home
     model,tok = _open_model(folder, None) if is_run else open_hub(folder)
     return model_subject(model, tok, folder.name),folder/"model" if is_run else folder
@@ -1493,6 +1505,50 @@ def _audit_verb(
     say(f"report: {folder/'report.html'}", soft_wrap=True)
     broken = [*([f"{', '.join(open_)} not finished"] if open_ else []), *([f"{sum(v.outcome != 'pass' for v in kept)} of {len(kept)} gates were not shown to hold: {'; '.join(' '.join(row) for row in gate_rows(kept))}"] if kept and not gates_hold(kept) else [])]
     if broken: _fail("; ".join(broken), 1)
+
+# %% ../nbs/12_pipeline.ipynb #c10serve
+def open_served(
+    folder:str|Path, # a run directory, an imported model, or a folder in the Hugging Face layout
+    tuned:str="chat", # which assistant of a run
+    *,
+    name:str="", # as clients call it; empty: the folder's name
+    slots:int=8, # answers written at once
+    waiting:int=64, # answers that may wait for a slot
+    guard:str|Path|None=None, # folder with a `policy.json`
+)->Served: # in an engine that runs
+    "The assistant that is there, or else the model, ready for `make_app`."
+    folder,(is_run,home) = Path(folder),_whom(folder, tuned)
+    if home: model,tok,template = open_assistant(home)
+    else: (model,tok),template = _open_model(folder, None) if is_run else open_hub(folder),None
+    shield = load_policy(guard, FULL_KIT) if guard else None
+    return Served(BatchEngine(model, n_slots=slots, max_waiting=waiting), tok, template, name or folder.resolve().name, model.cfg.context_len, shield)
+
+def _env(name:str)->str: return f"LLM_SCRATCH_{name}" # every option of `serve` can be given by the environment, as containers do
+
+@_verb("serve")
+def _serve_verb(
+    folder:Annotated[Path, typer.Argument(metavar="[DIR]", envvar=_env("DIR"), help="a run, an imported model, or a folder in the Hugging Face layout", show_default="runs/cpu")]=Path("runs/cpu"),
+    tuned:Annotated[str, typer.Option(envvar=_env("TUNED"), help="which assistant of the run")]="chat", name:Annotated[str, typer.Option(envvar=_env("NAME"), help="of the model, for clients", show_default="that of the folder")]="",
+    host:Annotated[str, typer.Option(envvar=_env("HOST"), help="address to listen on; 0.0.0.0 lets others in")]="127.0.0.1", port:Annotated[int, typer.Option(envvar=_env("PORT"), help="0 takes a free one", min=0, max=65535)]=8000,
+    slots:Annotated[int, typer.Option(envvar=_env("SLOTS"), help="answers written at once", min=1)]=8, waiting:Annotated[int, typer.Option(envvar=_env("WAITING"), help="answers that may wait; more are sent away with status 429", min=0)]=64,
+    max_tokens:Annotated[int, typer.Option(envvar=_env("MAX_TOKENS"), help="of one answer", min=1)]=Limits.max_tokens, seconds:Annotated[float, typer.Option(envvar=_env("SECONDS"), help="that one answer may take", min=.1)]=Limits.seconds,
+    body_bytes:Annotated[int, typer.Option(envvar=_env("BODY_BYTES"), help="of one request", min=1)]=Limits.body_bytes, threads:Annotated[int, typer.Option(envvar=_env("THREADS"), help="of the processor; more than one seldom pays for a small model", min=1)]=1,
+    keys:Annotated[Path, typer.Option(metavar="FILE", envvar=_env("KEYS"), help="API keys, one in each line", show_default="everybody may ask")]=None, api_keys:Annotated[str, typer.Option(envvar=_env("API_KEYS"), help="API keys with commas between; give them by the environment, where other users do not see them", show_default=False)]="",
+    guard:Annotated[Path, typer.Option(metavar="DIR", envvar=_env("GUARD"), help="with a policy.json, such as `audit` makes", show_default="none")]=None, origin:Annotated[list[str], typer.Option(metavar="URL", envvar=_env("ORIGIN"), help="web pages that may ask, such as https://example.org; may be given again", show_default="none")]=None,
+    feedback:Annotated[Path, typer.Option(metavar="FILE", envvar=_env("FEEDBACK"), help="for thumbs up and down, JSON lines", show_default="nobody is asked")]=None, log_text:Annotated[bool, typer.Option("--log-text", envvar=_env("LOG_TEXT"), help="write questions and answers into the log")]=False,
+    grace:Annotated[float, typer.Option(envvar=_env("GRACE"), help="seconds that running answers have at the end", min=0)]=30.,
+)->None:
+    "Serve a model as an OpenAI-compatible API and a page to chat on; SIGTERM finishes what is running, SIGHUP opens the model again. Every option has an environment variable."
+    locks = read_keys(keys, api_keys)
+    torch.set_num_threads(threads)
+    log,handler = logging.getLogger("llm_scratch.server"),logging.StreamHandler()
+    handler.setFormatter(logging.Formatter("%(message)s")) # lines of JSON
+    log.addHandler(handler)
+    log.setLevel(logging.INFO)
+    log.propagate = False
+    reopen = partial(open_served, folder, tuned, name=name, slots=slots, waiting=waiting, guard=guard)
+    app = make_app(reopen(), Limits(max_tokens=max_tokens, seconds=seconds, body_bytes=body_bytes), keys=locks, origins=origin or (), feedback=feedback, log_text=log_text, reopen=reopen)
+    run_server(app, host, port, grace, say=partial(print, flush=True))
 
 # %% ../nbs/12_pipeline.ipynb #1c596d92
 def _print_rows(rows:Iterable[tuple[str, str]])->None:

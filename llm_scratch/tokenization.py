@@ -241,7 +241,8 @@ class HubTokenizer(Vocabulary):
         parts = saved.get("decoder") or {}
         kinds = [d["type"] for d in parts.get("decoders", [parts]) if "type" in d]
         if "ByteLevel" not in kinds: raise UserError(f"{path} puts text together by {', '.join(kinds) or 'nothing'}: tokenizers that work on bytes (ByteLevel) are opened here")
-        self.hub,self.eot_id,self.start_id = Hub.from_str(json.dumps(saved)),eot_id,eot_id if start_id is None else start_id
+        self.hub,self.plain,self.eot_id,self.start_id = Hub.from_str(json.dumps(saved)),Hub.from_str(json.dumps(saved)),eot_id,eot_id if start_id is None else start_id
+        self.plain.encode_special_tokens = True # a second one: a switch that is turned while another thread encodes would turn for it too
         byte,added = {c:b for b,c in enumerate(_stand_ins())},{t["content"] for t in saved["added_tokens"]}
         of_id = {i:t.encode("utf-8") if t in added else bytes(byte[c] for c in t) for t,i in self.hub.get_vocab().items()}
         self.token_bytes = [of_id.get(i, b"") for i in range(max(of_id)+1)] # of every id, nothing where there is a gap
@@ -255,9 +256,7 @@ class HubTokenizer(Vocabulary):
         return json.loads(self.hub.to_str())
 
     def encode_ordinary(self, text:str)->list[int]: # see `Vocabulary`
-        self.hub.encode_special_tokens = True
-        try: return self.encode(text)
-        finally: self.hub.encode_special_tokens = False
+        return self.plain.encode(text, add_special_tokens=False).ids
 
     def encode(self,
         text:str, # any; the spelling of a special token is that token
