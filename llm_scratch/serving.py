@@ -372,6 +372,7 @@ class FairQueue:
     def __init__(self):
         self.lines:dict[str, deque] = {} # of clients who wait
         self.served:dict[str, float] = {} # what each client has cost, in tokens
+        self.floor = 0. # the account of who was served last: where newcomers start when nobody waits
 
     def __len__(self)->int: return sum(map(len, self.lines.values()))
 
@@ -381,7 +382,7 @@ class FairQueue:
     )->None:
         "Join the client's line; who was away gets no credit for it."
         if client not in self.lines:
-            floor = min((self.served[c] for c in self.lines), default=0.)
+            floor = min((self.served[c] for c in self.lines), default=self.floor)
             self.served[client] = max(self.served.get(client, 0.), floor)
             self.lines[client] = deque()
         self.lines[client].append(item)
@@ -390,7 +391,7 @@ class FairQueue:
         "Take the next one; `IndexError` when nobody waits."
         if not self.lines: raise IndexError("nobody waits")
         client = min(self.lines, key=self.served.__getitem__) # the first in line among equals
-        item = self.lines[client].popleft()
+        item,self.floor = self.lines[client].popleft(),self.served[client]
         if not self.lines[client]: del self.lines[client]
         return item
 
@@ -427,6 +428,7 @@ def forget(
     here = present | self.lines.keys()
     floor = min((self.served.get(c, 0.) for c in here), default=math.inf)
     self.served = {c:n for c,n in self.served.items() if c in here or n > floor}
+    if not here: self.floor = 0.
 
 # %% ../nbs/10b_serving.ipynb #10b060
 class Busy(UserError):
@@ -590,6 +592,7 @@ def _admit(self:BatchEngine)->None:
             lane.runs[target] = run = _Run(ticket, target, n, lane.device)
             lane.reading.append(run)
             self.queue.charge(ticket.job.client, len(ids)-n)
+            if len(self.queue.served) > 1000: self.queue.forget({r.job.client for some in self.lanes for r in some.runs.values()})
             for name,x in dict(prompt_tokens=len(ids), prefix_tokens=n, prefix_hits=n > 0).items(): self.counts[name] += x
 
 # %% ../nbs/10b_serving.ipynb #10b074
