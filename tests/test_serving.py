@@ -1,10 +1,13 @@
 "The engine: everybody gets the text that they would get alone, and nobody can stop, starve or hang the others."
 import asyncio
+import subprocess
+import sys
 import threading
 import time
 from collections import deque
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 
 import pytest
 import torch
@@ -13,7 +16,7 @@ from torch.testing import assert_close
 
 from llm_scratch.architecture import Attention, Block, Decoder, ModelConfig
 from llm_scratch.compiled import njit
-from llm_scratch.core import UserError
+from llm_scratch.core import UserError, read_json
 from llm_scratch.families import GPT2, MoE, UntiedDecoder, llama_block, window_attend
 from llm_scratch.generation import generate, logprobs
 from llm_scratch.serving import BatchEngine, Busy, Closed, CompiledSlots, FairQueue, SlotCache, SlotRows, TextJob, Ticket, fast_slots, fits_slots, matmat, n_common, read_slots
@@ -548,3 +551,14 @@ def test_the_queue_is_a_line_for_each(model):
     queue = FairQueue()
     queue.push("a", 1)
     assert isinstance(queue.lines["a"], deque)
+
+
+def test_the_benchmark_runs_and_its_texts_are_the_same(tmp_path):
+    pytest.importorskip("numba")
+    script = Path(__file__).resolve().parent.parent/"benchmarks"/"batching.py"
+    done = subprocess.run([sys.executable, script, "--tiny", "--rounds", "1", "--out", tmp_path/"r.json"], capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0, done.stderr
+    one, two = read_json(tmp_path/"r.json")["threads"]
+    assert (one["n_threads"], two["n_threads"]) == (1, 2) and one["prefix"].keys() == {"reuse=False", "reuse=True"} and one["stall"].keys() == {"16", "64", "96"}
+    for part in (one, two):
+        assert all(run["equal"] == part["n_jobs"] for some in part["batching"].values() for run in some)
