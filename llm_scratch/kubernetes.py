@@ -11,6 +11,7 @@ __all__ = ['PROCESS', 'HELM', 'OTHERS_READ', 'PRIVATE', 'desired_replicas', 'Pat
 # %% ../nbs/10g_kubernetes.ipynb #10g004
 import difflib
 import io
+import json
 import math
 import os
 import platform
@@ -109,17 +110,17 @@ def evictions_allowed(
     return max(0, healthy - stay)
 
 # %% ../nbs/10g_kubernetes.ipynb #10g026
-PROCESS = 480e6 # bytes of Python, PyTorch and the web server, before any model; measured with PyTorch 2.13 for CPUs, see the test
+PROCESS = 540e6 # bytes of Python, PyTorch, Numba and the web server, before any model: some 500e6 were measured with PyTorch 2.13 for CPUs, see the test
 
 def quantity(
     n_bytes:float, # any
     step:int=16, # mebibytes to round up to
-)->str: # such as 576Mi
+)->str: # such as 608Mi
     "Bytes as manifests have them."
     return f"{step*math.ceil(n_bytes/2**20/step)}Mi"
 
 def as_number(
-    text:str|int|float, # such as 576Mi, 1.5, 250m
+    text:str|int|float, # such as 608Mi, 1.5, 250m
 )->float: # bytes, cores, or what it counts
     "What a quantity of a manifest is worth."
     units = dict(m=1e-3, k=1e3, M=1e6, G=1e9, T=1e12, Ki=2**10, Mi=2**20, Gi=2**30, Ti=2**40) | {"":1}
@@ -207,7 +208,7 @@ def render_chart(
     helm:str|Path|None=None, # the program; None: `helm_program`
 )->str: # YAML
     "What the chart asks of a cluster; `UserError` with Helm's words when it does not render."
-    command = [str(helm or helm_program()), "template", name, str(chart), *(x for v in values for x in ("--values", str(v))), *(x for k,v in settings.items() for x in ("--set-json", f"{k}={yaml.dump(v, default_flow_style=True).removesuffix('...' + chr(10)).strip()}"))]
+    command = [str(helm or helm_program()), "template", name, str(chart), *(x for v in values for x in ("--values", str(v))), *(x for k,v in settings.items() for x in ("--set-json", f"{k}={json.dumps(v)}"))]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120, env=dict(HOME=str(cache_dir()), PATH=os.defpath))
     if done.returncode: raise UserError(f"helm can't render {chart}: {' '.join(done.stderr.split()).removeprefix('Error: ')}")
     return done.stdout
