@@ -95,9 +95,9 @@ class Voice:
             if piece.id is not None: self.text += self._decoder.decode(self.tok.token_bytes[piece.id])
             self.waiting.append((len(self.text), piece))
         if done: self.text += self._decoder.decode(b"", final=True)
-        cut = min((at for s in self.stops if (at := self.text.find(s, self.sent)) >= 0), default=None)
-        if cut is not None: self.text,done = self.text[:cut],True
-        self.finish = "stop" if cut is not None else piece.finish
+        ends = [(at+len(s), at) for s in self.stops if (at := self.text.find(s, self.sent)) >= 0]
+        if ends: self.text,done = self.text[:min(ends)[1]],True # of several the one that was complete first, however the text was cut into tokens
+        self.finish = "stop" if ends else piece.finish
         return self._release(len(self.text) if done else len(self.text)-held_back(self.text, self.stops), done)
 
 # %% ../nbs/10c_server.ipynb #10c026
@@ -567,7 +567,7 @@ def read_keys(
     listed:str="", # keys with commas or blanks between, as an environment variable has them
 )->tuple[str, ...]: # none: everybody may ask
     "The keys that open a server; `UserError` for one that can be guessed."
-    try: lines = Path(path).understand_text(encoding="utf-8").splitlines() if path else []
+    try: lines = Path(path).read_text(encoding="utf-8").splitlines() if path else []
     except (OSError, UnicodeDecodeError) as e: raise UserError(f"the keys in {path} can't be read ({e}): give a text file with one key in each line") from None
     keys = [k for line in lines if (k := line.partition("#")[0].strip())] + re.split(r"[,\s]+", listed.strip()) if listed.strip() else [k for line in lines if (k := line.partition("#")[0].strip())]
     if path and not keys: raise UserError(f"{path} has no key in it: write one into it, such as python -c 'import secrets; print(secrets.token_urlsafe())' makes, or leave the option out")

@@ -3,6 +3,7 @@ import threading
 import time
 from collections.abc import Callable
 
+import torch
 from models import filled
 
 from llm_scratch.architecture import Decoder, ModelConfig
@@ -18,7 +19,11 @@ def tiny_tokenizer(n_merges:int=40)->Tokenizer: return train_bpe(TEXTS, 256 + n_
 
 
 def tiny_model(tok:Tokenizer, seed:int=0, context_len:int=256)->Decoder:
-    return filled(Decoder(ModelConfig(vocab_size=tok.vocab_size, context_len=context_len, n_layers=1, n_heads=2, n_kv_heads=1, d_model=32, d_ff=32, d_head=16)), seed)
+    "The same weights for the same seed."
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = Decoder(ModelConfig(vocab_size=tok.vocab_size, context_len=context_len, n_layers=1, n_heads=2, n_kv_heads=1, d_model=32, d_ff=32, d_head=16))
+    return filled(model, seed)
 
 
 def tiny_served(*, chat:bool=True, seed:int=0, context_len:int=256, name:str="tiny", guard=None, **engine)->Served:
