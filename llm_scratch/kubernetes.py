@@ -106,7 +106,7 @@ def evictions_allowed(
 )->int: # pods
     "How many pods a drain may take now."
     if (max_unavailable is None) == (min_available is None): raise UserError("a disruption budget has max_unavailable or min_available: give one of them")
-    stay = replicas - _share(max_unavailable, replicas, True) if min_available is None else _share(min_available, replicas, True)
+    stay = max(0, replicas - _share(max_unavailable, replicas, True)) if min_available is None else _share(min_available, replicas, True)
     return max(0, healthy - stay)
 
 # %% ../nbs/10g_kubernetes.ipynb #10g026

@@ -170,7 +170,7 @@ PLANTED = {
     "live path": (pod_path(*C, "livenessProbe", "httpGet", "path", value="/v1/completions"), "deployment", "livenessProbe.httpGet.path", "give"), # exists, and not by GET
     "annotated path": (path("Deployment", "spec", "template", "metadata", "annotations", "prometheus.io/path", value="/metric"), "deployment", "prometheus.io/path", "give /metrics"),
     "monitor's path": (path("ServiceMonitor", "spec", "endpoints", 0, "path", value="/stats"), "servicemonitor", "spec.endpoints[0].path", "/metrics"),
-    "Ingress's path": (path("Ingress", "spec", "rules", 0, "http", "paths", 0, "path", value="/v2"), "ingress", "spec.rules[0].http.paths[0].path", "/v1/"),
+    "Ingress's path": (path("Ingress", "spec", "rules", 0, "http", "paths", 0, "path", value="/v2"), "ingress", "spec.rules[0].http.paths[0].path", "give /"),
     "too much shown": (path("Ingress", "spec", "rules", 0, "http", "paths", 1, "pathType", value="Prefix"), "ingress", "spec.rules[0].http.paths[1].path", "narrower"),
     # metrics
     "autoscaler's metric": (path("HorizontalPodAutoscaler", "spec", "metrics", 0, "pods", "metric", "name", value="llm_server_waitings"), "hpa", "spec.metrics[0].pods.metric.name", "give llm_server_waiting"),
@@ -211,7 +211,7 @@ def test_a_planted_mistake_is_valid_and_found(render, facts, name):
     found = check_manifests(manifests, facts, plan_pod(BOOK))
     assert any(file in f.file and f.field.endswith(field) and fits in f.fits for f in found), [str(f) for f in found]
     assert all(f.given and len(str(f)) < 600 for f in found)
-    assert len(found) <= (6 if name in ("server's port", "port by variable") else 1), [str(f) for f in found]
+    assert len(found) <= (6 if name in ("container's port", "server's port", "port by variable") else 1), [str(f) for f in found]
 
 
 def test_settings_do_not_come_from_our_own_environment(render, facts, monkeypatch):
@@ -227,13 +227,14 @@ def test_manifests_know_where_they_are_from():
 
 # the running server
 
-CFG = ModelConfig(vocab_size=300, context_len=64, n_layers=1, n_heads=2, n_kv_heads=1, d_model=16, d_ff=32, d_head=8)
-WIDE = ModelConfig(vocab_size=300, context_len=1024, n_layers=8, n_heads=8, n_kv_heads=8, d_model=512, d_ff=1536, d_head=64) # 27 million weights
+CFG = ModelConfig(vocab_size=264, context_len=64, n_layers=1, n_heads=2, n_kv_heads=1, d_model=16, d_ff=32, d_head=8)
+WIDE = ModelConfig(vocab_size=264, context_len=1024, n_layers=8, n_heads=8, n_kv_heads=8, d_model=512, d_ff=1536, d_head=64) # 27 million weights
 
 
 @pytest.fixture(scope="module")
 def homes(tmp_path_factory):
-    folder, tok = tmp_path_factory.mktemp("models"), train_bpe(["How do I make tea? How do I make bread?"]*9, 270, specials=("<|endoftext|>",))
+    folder, tok = tmp_path_factory.mktemp("models"), train_bpe(["How do I make tea? How do I make bread?"]*9, 264, specials=("<|endoftext|>",))
+    assert tok.vocab_size == CFG.vocab_size == WIDE.vocab_size
     save_tokenizer(tok, folder/"tok")
     for name, cfg in (("tiny", CFG), ("wide", WIDE)):
         save_model(Decoder(cfg), folder/name, tok.eot_id)
@@ -257,7 +258,7 @@ def get(url):
     with urllib.request.urlopen(url, timeout=60) as answer: return answer.status, answer.read().decode()
 
 
-def resident(pid): return int(re.search(r"VmRSS:\s+(\d+)", Path(f"/proc/{pid}/status").read_text())[1])*1024
+def resident(pid, what="VmRSS"): return int(re.search(rf"{what}:\s+(\d+)", Path(f"/proc/{pid}/status").read_text())[1])*1024
 
 
 def finish(child):
@@ -270,7 +271,7 @@ def finish(child):
 def test_the_server_that_the_manifest_starts_has_what_the_manifest_asks(render, facts, homes, tmp_path):
     manifests = render(setting="guarded")
     pod = box(manifests)
-    (tmp_path/"keys").write_text("secret-key\n")
+    (tmp_path/"keys").write_text("a-secret-of-this-test-0001\n")
     at = {"/model":str(homes["tiny"]), "0.0.0.0":"127.0.0.1", "8000":"0", "/keys/keys":str(tmp_path/"keys"), "/tmp":str(tmp_path)} # what is another here: paths, address, port
     child, url = start([at.get(a, a) for a in pod["args"]], {e["name"]:at.get(e["value"], e["value"]) for e in pod["env"]})
     try:
@@ -300,10 +301,17 @@ def test_the_plan_is_held_against_what_the_kernel_says(homes):
             body = json.dumps(dict(prompt="How do I make tea?", max_tokens=8)).encode()
             urllib.request.urlopen(urllib.request.Request(url+"/v1/completions", body, {"content-type":"application/json"}), timeout=120).read()
             taken[name, slots] = resident(child.pid)
+            if slots == 8: # the next model beside this one
+                child.send_signal(signal.SIGHUP)
+                for _ in range(600):
+                    if re.search(r"^llm_server_reloads_total\S* 1", get(url+"/metrics")[1], re.M): break
+                    time.sleep(.1)
+                both = resident(child.pid, "VmHWM")
         finally: child.kill(); child.wait()
         plan = plan_pod(cfg, slots, n_models=1)
         assert taken[name, slots] < plan.memory, f"{name} with {slots} slots takes {taken[name, slots]/1e6:.0f} MB, planned {plan.memory/1e6:.0f}"
         assert taken[name, slots] > .6*plan.memory, "the plan is far too careful"
+    assert taken["wide", 8] + 4*n_params(WIDE)/2 < both < plan_pod(WIDE, 8).memory, "two models are there while one is exchanged, and the plan has room for both"
     slots_cost = taken["wide", 8] - taken["wide", 4]
     assert slots_cost == pytest.approx(cache_bytes(WIDE, 4, 1024), rel=.25), "what slots cost is not what the plan says"
     model_costs = taken["wide", 4] - taken["tiny", 4]
