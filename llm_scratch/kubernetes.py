@@ -229,7 +229,8 @@ def schema_errors(
 # %% ../nbs/10g_kubernetes.ipynb #10g041
 class ServerFacts(NamedTuple):
     "What a server has, told by itself."
-    verb:str # that starts it
+    program:str # that is started
+    verb:str # of it, that serves
     routes:frozenset # of `(method, path)`
     metrics:frozenset # names, as a scrape shows them
     flags:frozenset # of its command line
@@ -253,13 +254,14 @@ def server_facts(
     app:object, # of `make_app`
     command:object, # of the command line that starts it, as Typer or Click have it
     metrics:Iterable[object], # with `name` and `kind`
+    program:str="llm-scratch", # what the command line is called
 )->ServerFacts: # read from the program, not from its documentation
     "Ask a server what it has."
     variables = frozenset(p.envvar for p in command.params if p.envvar)
     def parse(args:Sequence[str], env:Mapping[str, str])->dict[str, object]:
         with _environment(variables, env): return command.make_context(command.name, list(args)).params
     routes = frozenset((method, r.path) for r in app.routes for method in getattr(r, "methods", None) or ())
-    return ServerFacts(command.name, routes, frozenset(n for m in metrics for n in _scraped(m.name, m.kind)), frozenset(o for p in command.params for o in p.opts if o.startswith("--")), variables, parse)
+    return ServerFacts(program, command.name, routes, frozenset(n for m in metrics for n in _scraped(m.name, m.kind)), frozenset(o for p in command.params for o in p.opts if o.startswith("--")), variables, parse)
 
 # %% ../nbs/10g_kubernetes.ipynb #10g044
 class Mismatch(NamedTuple):
@@ -301,6 +303,7 @@ OTHERS_READ = frozenset(("HOME", "TMPDIR", "HF_HUB_OFFLINE", "OMP_NUM_THREADS", 
 
 def _start_faults(pod:_Pod, facts:ServerFacts)->Iterator[Mismatch]:
     args,env = list(map(str, pod.box.get("args", ()))),pod.box.get("env", ())
+    if pod.box.get("command") != [facts.program]: yield Mismatch(pod.file, f"{pod.at}.command", str(pod.box.get("command", "missing")), f"give [{facts.program}]: without it the image's entry point comes first, with arguments of its own")
     if args[:1] != [facts.verb]: yield Mismatch(pod.file, f"{pod.at}.args[0]", args[0] if args else "missing", f"give {facts.verb}")
     for i,arg in enumerate(args):
         flag = arg.partition("=")[0]

@@ -176,6 +176,7 @@ PLANTED = {
     "autoscaler's metric": (path("HorizontalPodAutoscaler", "spec", "metrics", 0, "pods", "metric", "name", value="llm_server_waitings"), "hpa", "spec.metrics[0].pods.metric.name", "give llm_server_waiting"),
     "adapter's series": (lambda m: next(x for x in m if x.file == "adapter.yaml").body["rules"]["custom"][0].update(seriesQuery='llm_server_wait{pod!=""}'), "adapter", "rules.custom[0].seriesQuery", "give llm_server_waiting"),
     # flags and variables
+    "entry point": (lambda m: box(m).pop("command"), "deployment", "containers[0].command", "give [llm-scratch]"),
     "verb": (pod_path(*C, "args", 0, value="server"), "deployment", "containers[0].args[0]", "give serve"),
     "flag": (arg("--max-tokens", rename="--max-token"), "deployment", "args[10]", "give --max-tokens"),
     "flag's value": (arg("--slots", "many"), "deployment", "args[7]", "valid integer"),
@@ -275,6 +276,7 @@ def test_the_server_that_the_manifest_starts_has_what_the_manifest_asks(render, 
     at = {"/model":str(homes["tiny"]), "0.0.0.0":"127.0.0.1", "8000":"0", "/keys/keys":str(tmp_path/"keys"), "/tmp":str(tmp_path)} # what is another here: paths, address, port
     child, url = start([at.get(a, a) for a in pod["args"]], {e["name"]:at.get(e["value"], e["value"]) for e in pod["env"]})
     try:
+        assert f"console_scripts = {pod['command'][0]}=llm_scratch." in (ROOT/"settings.ini").read_text(encoding="utf-8")
         for probe in ("startupProbe", "livenessProbe", "readinessProbe"): assert get(url+pod[probe]["httpGet"]["path"])[0] == 200, probe
         kinds = by_kind(manifests)
         said = get(url+kinds["ServiceMonitor"]["spec"]["endpoints"][0]["path"])[1]
@@ -365,3 +367,7 @@ def test_mistakes_say_what_would_fit(call, says):
 
 @pytest.mark.parametrize("n", [1, 2**20, 576*2**20, 576*2**20+1, 3e9])
 def test_quantities_hold_what_they_are_for(n): assert n <= as_number(quantity(n)) < n + 16*2**20 + 1
+
+
+@pytest.mark.parametrize(("values", "n"), [([9, None], 3), ([5, None], 2), ([0, None], 1), ([20, None, None], 5), ([None], 1)])
+def test_pods_that_are_not_known_are_counted_with_care(values, n): assert desired_replicas(values, 4) == n
