@@ -92,15 +92,15 @@ def decoder_of(run:Path, classes:Sequence[str])->Method:
 def add_decoder(out:Path, run:Path)->None:
     "Fourteen classes by folds, and both tasks on the frozen test; the record must be of these clauses."
     record = read_json(out, "run this without --decoder first")
-    for task, classes in ("14", CORE_14), ("18", CLASSES_18):
+    for task, classes, part in ("14", CORE_14, "test"), ("18", CLASSES_18, "test"), ("14", CORE_14, "folds"):
         clauses = of_classes(load_clauses(), classes)
         dev, test = [c for c in clauses if not is_test(c.family)], [c for c in clauses if is_test(c.family)]
         if (record["tasks"][task]["dev"], record["tasks"][task]["test"]) != (fingerprint(dev), fingerprint(test)): raise SystemExit(f"{out} is of other clauses: run this without --decoder first")
-        frozen = cross_validate(decoder_of(run, classes), dev+test, [-1]*len(dev) + [0]*len(test))
-        folds = cross_validate(decoder_of(run, classes), dev, group_folds(dev)).said if task == "14" else ()
-        record["tasks"][task]["said"]["decoder"] = dict(folds=letters(folds, classes), test=letters(frozen.said, classes))
-        write_json(out, record)
-        print(task, "decoder, test", np.mean([a == c.label for a, c in zip(frozen.said, test, strict=True)]).round(4), flush=True)
+        asked, fold = (dev, group_folds(dev)) if part == "folds" else (dev+test, [-1]*len(dev) + [0]*len(test))
+        found = cross_validate(decoder_of(run, classes), asked, fold)
+        record["tasks"][task]["said"].setdefault("decoder", {})[part] = letters(found.said, classes)
+        write_json(out, record) # part by part: it takes long
+        print(task, "decoder,", part, np.mean([a == c.label for a, c in zip(found.said, asked if part == "folds" else test, strict=True)]).round(4), flush=True)
 
 def by_name(model:object, tokenizer:object, vectors:dict[str, np.ndarray])->Method:
     "No training: the class whose name is nearest."
