@@ -6,7 +6,8 @@
 __all__ = ['SSE_DONE', 'HOLDS', 'SERVER_METRICS', 'CHAT_SHAPE', 'TEXT_SHAPE', 'sse_line', 'held_back', 'hold_for', 'Delta',
            'Voice', 'ApiError', 'error_body', 'Served', 'Limits', 'unsupported', 'Question', 'understand_chat',
            'understand_text', 'ServerMetrics', 'chat_logprobs', 'text_logprobs', 'Shape', 'read_keys', 'opens',
-           'save_feedback', 'probe', 'make_app', 'chat_page', 'run_server', 'background_server', 'ask_server']
+           'save_feedback', 'probe', 'make_app', 'chat_page', 'run_server', 'background_server', 'log_requests',
+           'ask_server']
 
 # %% ../nbs/10c_server.ipynb #10c004
 import asyncio
@@ -1151,6 +1152,26 @@ def background_server(
     finally:
         server.should_exit = server.force_exit = True
         thread.join(20)
+
+# %% ../nbs/10c_server.ipynb #10c153
+class _JsonLine(logging.Formatter):
+    "Everything that is logged, as one line of JSON each."
+    def format(self, record:logging.LogRecord)->str:
+        text = record.getMessage()
+        row = {} if text.startswith("{") else dict(time=round(record.created, 3), level=record.levelname, event=text)
+        if record.exc_info: row["trace"] = self.formatException(record.exc_info)
+        return text if not row else json.dumps(row)
+
+def log_requests(
+    stream:object=None, # a file; None: standard error
+)->None:
+    "Write the log of the server, and what its parts complain about, as lines of JSON."
+    handler = logging.StreamHandler(stream)
+    handler.setFormatter(_JsonLine())
+    for name,level in (("llm_scratch.server", logging.INFO), ("llm_scratch.serving", logging.WARNING), ("uvicorn.error", logging.WARNING)):
+        log = logging.getLogger(name)
+        log.handlers,log.propagate = [handler],False
+        log.setLevel(level)
 
 # %% ../nbs/10c_server.ipynb #10c160
 def _events_of(lines:Iterator[str], url:str)->Iterator[dict]: # what stands behind `data:`
