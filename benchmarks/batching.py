@@ -95,7 +95,7 @@ def measure(args:argparse.Namespace)->dict:
     system,tails = [rng.randrange(V) for _ in range(T*5//8)],[[rng.randrange(V) for _ in range(T//16)] for _ in range(6)]
     for r in range(args.rounds):
         for reuse in (False, True): record["prefix"].setdefault(f"reuse={reuse}", []).extend(first_token(model, system, tails, reuse))
-        for chunk in (16, 64, T): record["stall"].setdefault(str(chunk), []).append(stall(kinds["compiled"], V, T*3//4, chunk))
+        for chunk in (32, 128, T): record["stall"].setdefault(str(chunk), []).append(stall(kinds["compiled"], V, T*3//4, chunk))
     record |= dict(system_tokens=len(system), tail_tokens=len(tails[0]), long_prompt=T*3//4)
     large = init_weights(Decoder(replace(LARGE, n_layers=1, d_model=64) if args.tiny else LARGE), seed=0)
     few = [replace(job, max_new_tokens=12, temperature=0) for job in mixed_jobs(LARGE.vocab_size, 8, 8, (1,))]

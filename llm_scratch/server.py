@@ -6,7 +6,8 @@
 __all__ = ['SSE_DONE', 'HOLDS', 'SERVER_METRICS', 'CHAT_SHAPE', 'TEXT_SHAPE', 'sse_line', 'held_back', 'hold_for', 'Delta',
            'Voice', 'ApiError', 'error_body', 'Served', 'Limits', 'unsupported', 'Question', 'understand_chat',
            'understand_text', 'ServerMetrics', 'chat_logprobs', 'text_logprobs', 'Shape', 'read_keys', 'opens',
-           'save_feedback', 'probe', 'make_app', 'chat_page', 'run_server', 'background_server', 'ask_server']
+           'save_feedback', 'probe', 'make_app', 'chat_page', 'run_server', 'background_server', 'log_requests',
+           'ask_server']
 
 # %% ../nbs/10c_server.ipynb #10c004
 import asyncio
@@ -585,6 +586,19 @@ def opens(
         if hmac.compare_digest(hashlib.sha256(k.encode()).digest(), digest): found = hashlib.sha256(b"name"+digest).hexdigest()[:12]
     return found
 
+# %% ../nbs/10c_server.ipynb #10c091
+def _may(state:"_State", scope:dict)->str: # who asks, for logs and fairness
+    "`ApiError` unless somebody may ask."
+    headers = {k.decode("latin-1"):v.decode("latin-1") for k,v in scope["headers"]}
+    origin,client = headers.get("origin"),scope.get("client")
+    if origin and scope["method"] == "POST" and origin not in state.origins and origin.partition("://")[2] != headers.get("host"): raise ApiError(403, "pages of other addresses may not ask this server: start it with --origin", "wrong_origin")
+    if not state.keys: return client[0] if client else ""
+    scheme,_,given = headers.get("authorization", "").partition(" ")
+    refuse = partial(ApiError, 401, code="invalid_api_key", headers={"WWW-Authenticate":"Bearer"})
+    if scheme.lower() != "bearer" or not given: raise refuse("this server wants an API key: send it as Authorization: Bearer KEY")
+    if not (name := opens(state.keys, given.strip())): raise refuse("this API key is not known here")
+    return name
+
 # %% ../nbs/10c_server.ipynb #10c092
 class _Gone(Exception):
     "The client has left."
@@ -631,6 +645,7 @@ class _Door:
             await send(message)
         try:
             try:
+                if scope["path"].startswith(("/v1/", "/admin/")) and scope["method"] != "OPTIONS": row["client"] = _may(self.state, scope) # before anything is read
                 try: body = await asyncio.wait_for(self._body(receive), self.state.limits.body_seconds)
                 except asyncio.TimeoutError: raise ApiError(408, f"the request was not complete after {self.state.limits.body_seconds:g} seconds", "request_timeout", headers={"connection":"close"}) from None
                 sent = []
@@ -752,19 +767,10 @@ def _errors(app:"fastapi.FastAPI")->None:
     for kind,does in ((ApiError, ours), (Busy, busy), (Closed, closed), (UserError, mistaken), (HTTPException, http), (RequestValidationError, invalid)): app.add_exception_handler(kind, does)
 
 # %% ../nbs/10c_server.ipynb #10c104
-def _may(state:_State, request:"starlette.requests.Request")->str: # who asks, for logs and fairness
-    "`ApiError` unless somebody may ask."
-    origin,host = request.headers.get("origin"),request.headers.get("host", "")
-    if origin and request.method == "POST" and origin not in state.origins and origin.partition("://")[2] != host: raise ApiError(403, "pages of other addresses may not ask this server: start it with --origin", "wrong_origin")
-    if not state.keys: return request.client.host if request.client else ""
-    scheme,_,given = request.headers.get("authorization", "").partition(" ")
-    if scheme.lower() != "bearer" or not given: raise ApiError(401, "this server wants an API key: send it as Authorization: Bearer KEY", "invalid_api_key", headers={"WWW-Authenticate":"Bearer"})
-    if not (name := opens(state.keys, given.strip())): raise ApiError(401, "this API key is not known here", "invalid_api_key", headers={"WWW-Authenticate":"Bearer"})
-    return name
-
 async def _answer(state:_State, request:"starlette.requests.Request", body:object, read:Callable, shape:Shape)->object: # a response
     "One question, from the door to the door."
-    who,row = _may(state, request),request.state.row
+    row = request.state.row
+    who = row["client"]
     if state.draining: raise ApiError(503, "this server is about to end: ask another one", "draining", headers={"Retry-After":"1", "connection":"close"})
     served = state.served
     if body.model and body.model != served.name: raise ApiError(404, f"there is no model {ascii(body.model)} here: ask for {served.name}", "model_not_found", "model")
@@ -772,7 +778,7 @@ async def _answer(state:_State, request:"starlette.requests.Request", body:objec
     question = await asyncio.to_thread(read, body, served, state.limits, who, served.guard and _Counting(served.guard, state.metrics))
     if state.served is not served: return await _answer(state, request, body, read, shape) # another model has come meanwhile, with ids of its own
     answering = _Answering(state, question)
-    row |= dict(client=who, stream=question.stream, n_prompt=sum(map(len, question.prompts)))
+    row |= dict(stream=question.stream, n_prompt=sum(map(len, question.prompts)))
     if state.log_text: row["asked"] = body.model_dump(include={"messages", "prompt"})
     about = dict(id=f"{shape.prefix}-{row['id']}", created=int(time.time()), model=served.name)
     return await _respond(answering, request, shape, about)
@@ -817,9 +823,8 @@ def _answer_routes(app:"fastapi.FastAPI", state:_State)->None:
         "Continue a text."
         return await _answer(state, request, body, understand_text, TEXT_SHAPE)
     @app.post("/v1/feedback", responses=wrong)
-    async def rate(body:Feedback, request:Request)->dict:
+    async def rate(body:Feedback)->dict:
         "Say whether an answer was good."
-        _may(state, request)
         if state.feedback is None: raise ApiError(404, "this server keeps no feedback", "no_feedback")
         kept = body.model_dump(exclude_none=True) if body.consent else body.model_dump(include={"id", "rating"})
         row = dict(time=round(time.time(), 3), model=state.served.name) | kept
@@ -831,24 +836,20 @@ def _answer_routes(app:"fastapi.FastAPI", state:_State)->None:
 # %% ../nbs/10c_server.ipynb #10c110
 def _model_routes(app:"fastapi.FastAPI", state:_State)->None:
     "Which model is here."
-    from starlette.requests import Request
     card = lambda: dict(id=state.served.name, object="model", created=state.started, owned_by="llm_scratch")
     @app.get("/v1/models")
-    async def models(request:Request)->dict:
+    async def models()->dict:
         "All models: the one."
-        _may(state, request)
         return dict(object="list", data=[card()])
     @app.get("/v1/models/{name:path}", responses={404:dict(model=_shapes()["error"])})
-    async def model(name:str, request:Request)->dict:
+    async def model(name:str)->dict:
         "One model."
-        _may(state, request)
         if name != state.served.name: raise ApiError(404, f"there is no model {ascii(name)} here: ask for {state.served.name}", "model_not_found", "model")
         return card()
 
 # %% ../nbs/10c_server.ipynb #10c112
 def _operator_routes(app:"fastapi.FastAPI", state:_State)->None:
     "What operators and their machines ask, and the page for people."
-    from starlette.requests import Request
     from starlette.responses import HTMLResponse, JSONResponse, Response
     @app.get("/healthz")
     async def alive()->dict:
@@ -865,9 +866,8 @@ def _operator_routes(app:"fastapi.FastAPI", state:_State)->None:
         state.metrics("draining").set(state.draining)
         return Response(state.metrics.text(state.served.engine.stats()), media_type="text/plain; version=0.0.4; charset=utf-8")
     @app.post("/admin/reload", responses={n:dict(model=_shapes()["error"]) for n in (400, 401, 403, 404, 409)})
-    async def reload(request:Request)->dict:
+    async def reload()->dict:
         "Open the model again."
-        _may(state, request)
         return await _reload(state)
     @app.get("/", response_class=HTMLResponse)
     async def page()->HTMLResponse:
@@ -1152,6 +1152,26 @@ def background_server(
     finally:
         server.should_exit = server.force_exit = True
         thread.join(20)
+
+# %% ../nbs/10c_server.ipynb #10c153
+class _JsonLine(logging.Formatter):
+    "Everything that is logged, as one line of JSON each."
+    def format(self, record:logging.LogRecord)->str:
+        text = record.getMessage()
+        row = {} if text.startswith("{") else dict(time=round(record.created, 3), level=record.levelname, event=text)
+        if record.exc_info: row["trace"] = self.formatException(record.exc_info)
+        return text if not row else json.dumps(row)
+
+def log_requests(
+    stream:object=None, # a file; None: standard error
+)->None:
+    "Write the log of the server, and what its parts complain about, as lines of JSON."
+    handler = logging.StreamHandler(stream)
+    handler.setFormatter(_JsonLine())
+    for name,level in (("llm_scratch.server", logging.INFO), ("llm_scratch.serving", logging.WARNING), ("uvicorn.error", logging.WARNING)):
+        log = logging.getLogger(name)
+        log.handlers,log.propagate = [handler],False
+        log.setLevel(level)
 
 # %% ../nbs/10c_server.ipynb #10c160
 def _events_of(lines:Iterator[str], url:str)->Iterator[dict]: # what stands behind `data:`

@@ -15,7 +15,7 @@ from collections import deque
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from dataclasses import dataclass, fields
 from functools import cached_property
-from threading import Condition, Thread
+from threading import Condition, Event, Thread
 from typing import NamedTuple
 
 import numpy as np
@@ -197,7 +197,7 @@ def slots_step(
     for b in range(B): rms_norm(x[b], w.norm_D, w.eps, y[b])
     matmat(w.embed_VD, w.embed_scale_V, y, logits_BV)
 
-# %% ../nbs/10b_serving.ipynb #10b0295
+# %% ../nbs/10b_serving.ipynb #10b02a
 class CompiledSlots:
     "A `Decoder` that reads one new token of each of several slots by a compiled step; logits are the model's within 1e-4 for float32."
     def __init__(self,
@@ -304,7 +304,7 @@ class Ticket:
         self.job,self.n_cached,self.error,self.stop = job,0,"",() # prompt ids that were not read again; what went wrong; the stop that was written
         self.pieces:list[TextPiece] = []
         self.asked_at,self.first_at,self.ended_at = time.monotonic(),None,None # seconds of `time.monotonic`
-        self._changed,self._listeners,self._is_cancelled = Condition(),[],False
+        self._changed,self._over,self._listeners,self._is_cancelled = Condition(),Event(),[],False
 
     @property
     def finish(self)->str|None: return self.pieces[-1].finish if self.pieces else None # why it ended; None while it runs
@@ -354,6 +354,7 @@ def _say(self:Ticket, piece:TextPiece)->None:
         for hear in list(self._listeners):
             try: hear(piece)
             except Exception: self._listeners.remove(hear) # such as one whose event loop is closed
+    if piece.finish: self._over.set()
 
 @patch
 def read(
@@ -361,8 +362,7 @@ def read(
     timeout:float|None=None, # seconds to wait; None waits as long as it takes
 )->list[int]: # all ids written
     "Wait for the end. `RuntimeError` if the engine failed, `TimeoutError` if it took longer."
-    with self._changed:
-        if not self._changed.wait_for(lambda: self.finish, timeout): raise TimeoutError(f"not finished within {timeout} s")
+    if not self._over.wait(timeout): raise TimeoutError(f"not finished within {timeout} s") # one who wants the end only is not woken for every piece
     if self.finish == "error": raise RuntimeError(self.error)
     return self.ids
 
@@ -413,6 +413,7 @@ def withdraw(
     "Take out every waiting item that wants to leave."
     gone = []
     for client,line in list(self.lines.items()):
+        if not any(map(leaves, line)): continue # as nearly always
         gone += [item for item in line if leaves(item)]
         stay = deque(item for item in line if not leaves(item))
         if stay: self.lines[client] = stay
@@ -471,7 +472,7 @@ class BatchEngine:
         n_slots:int=8, # texts at once
         max_len:int|None=None, # the most tokens of a prompt and its answer; None for the model's `context_len`
         max_waiting:int=64, # jobs that may wait for a slot
-        chunk:int=64, # prompt tokens that are read between two steps
+        chunk:int=128, # prompt tokens that are read at once, between two steps
         reuse:bool=True, # begin a prompt with what a slot has read already
     ):
         max_len = max_len or model.cfg.context_len
@@ -611,13 +612,13 @@ def _read(self:BatchEngine, lane:_Lane, runs:list[_Run], ids_BT:list[list[int]])
 
 @patch
 def _read_prompts(self:BatchEngine, lane:_Lane)->None:
-    "Read up to `chunk` prompt tokens, in turns; who has read all writes the first token."
-    left = self.chunk
-    while left > 0 and lane.reading:
+    "Read at least `chunk` prompt tokens and less than twice as many, in turns; who has read all writes the first token."
+    n = 0
+    while n < self.chunk and lane.reading:
         run = lane.reading.popleft()
-        ids = list(run.job.ids[run.n_read:run.n_read+left])
+        ids = list(run.job.ids[run.n_read:run.n_read+self.chunk])
         logits, = self._read(lane, [run], [ids])
-        run.n_read,left = run.n_read+len(ids),left-len(ids)
+        run.n_read,n = run.n_read+len(ids),n+len(ids)
         if logits is None: continue
         if run.n_read < len(run.job.ids): lane.reading.append(run)
         else: self._write(lane, [run], [logits])
@@ -652,8 +653,8 @@ def _step(self:BatchEngine)->None:
     self._sweep()
     self._admit()
     for lane in self.lanes:
-        writing = [lane.runs[i] for i in sorted(lane.runs) if lane.runs[i].ids]
         self._read_prompts(lane)
+        writing = [lane.runs[i] for i in sorted(lane.runs) if lane.runs[i].ids]
         for runs in [writing] if lane.is_batched else [[r] for r in writing]:
             if not runs: continue
             logits = self._read(lane, runs, [[r.ids[-1]] for r in runs])
@@ -681,6 +682,22 @@ def _work(self:BatchEngine)->None:
                 for run in list(lane.runs.values()): self._fail(lane, run, e)
         self.busy_seconds += time.perf_counter()-start
 
+# %% ../nbs/10b_serving.ipynb #10b0785
+@patch
+def close(
+    self:BatchEngine,
+    drain:bool=True, # finish what runs and what waits; False cancels it
+    timeout:float|None=None, # seconds to drain, then the rest is cancelled; None as long as it takes
+)->None:
+    "Take no more jobs, end those that are here, and stop the thread."
+    with self._changed:
+        self._is_closed = True
+        self._changed.notify_all()
+    if drain: self._thread.join(timeout)
+    with self._changed:
+        for ticket in [t for line in self.queue.lines.values() for t in line] + [r.ticket for lane in self.lanes for r in lane.runs.values()]: ticket.cancel()
+    self._thread.join(60)
+
 # %% ../nbs/10b_serving.ipynb #10b080
 @patch
 def swap(
@@ -696,18 +713,3 @@ def swap(
         self.lanes.append(lane)
         self.counts["swaps"] += 1
         self._changed.notify_all()
-
-@patch
-def close(
-    self:BatchEngine,
-    drain:bool=True, # finish what runs and what waits; False cancels it
-    timeout:float|None=None, # seconds to drain, then the rest is cancelled; None as long as it takes
-)->None:
-    "Take no more jobs, end those that are here, and stop the thread."
-    with self._changed:
-        self._is_closed = True
-        self._changed.notify_all()
-    if drain: self._thread.join(timeout)
-    with self._changed:
-        for ticket in [t for line in self.queue.lines.values() for t in line] + [r.ticket for lane in self.lanes for r in lane.runs.values()]: ticket.cancel()
-    self._thread.join(60)

@@ -531,6 +531,18 @@ def test_a_reload_under_load_loses_no_request():
     made[1].engine.close(drain=False)
 
 
+def test_an_old_engine_is_closed_when_its_last_reader_has_left():
+    "Also one that breaks off what is running when it is closed."
+    old,new = scripted_served("word "*10, delay=.02),scripted_served("new")
+    with background_server(make_app(old, reopen=lambda: new)) as url, ThreadPoolExecutor() as pool:
+        running = [pool.submit(post, url, stream=s) for s in (True, False)]
+        until(lambda: old.engine.running == 2)
+        assert httpx.post(f"{url}/admin/reload", timeout=20).status_code == 200 and not old.engine.is_closed
+        assert post(url).json()["choices"][0]["message"]["content"] == "new"
+        assert running[0].result().text.endswith(SSE_DONE) and running[1].result().json()["choices"][0]["message"]["content"] == "word "*10
+        until(lambda: old.engine.is_closed)
+
+
 def damaged():
     served = tiny_served()
     with torch.no_grad(): served.engine.model.embed_tokens.weight.fill_(torch.nan)

@@ -559,6 +559,6 @@ def test_the_benchmark_runs_and_its_texts_are_the_same(tmp_path):
     done = subprocess.run([sys.executable, script, "--tiny", "--rounds", "1", "--out", tmp_path/"r.json"], capture_output=True, text=True, timeout=300, check=False)
     assert done.returncode == 0, done.stderr
     one, two = read_json(tmp_path/"r.json")["threads"]
-    assert (one["n_threads"], two["n_threads"]) == (1, 2) and one["prefix"].keys() == {"reuse=False", "reuse=True"} and one["stall"].keys() == {"16", "64", "96"}
+    assert (one["n_threads"], two["n_threads"]) == (1, 2) and one["prefix"].keys() == {"reuse=False", "reuse=True"} and one["stall"].keys() == {"32", "128", "96"}
     for part in (one, two):
         assert all(run["equal"] == part["n_jobs"] for some in part["batching"].values() for run in some)
