@@ -650,8 +650,17 @@ def test_the_verbs_serve_and_chat(home, tmp_path):
     assert any(r.get("event") == "reloaded" for r in rows) and any(r.get("route") == "/v1/chat/completions" for r in rows)
 
 
+@pytest.fixture
+def own_log():
+    "What the verb does to the log is undone."
+    logs = [logging.getLogger(n) for n in ("llm_scratch.server", "llm_scratch.serving", "uvicorn.error")]
+    before = [(log.handlers, log.propagate, log.level) for log in logs]
+    yield
+    for log,(log.handlers,log.propagate,level) in zip(logs, before): log.setLevel(level)
+
+
 @pytest.mark.parametrize("more, says", [(["nowhere"], "nowhere"), (["HOME", "--guard", "nothing"], "nothing is missing"), (["HOME", "--keys", "nothing"], "can't be read"), (["HOME", "--port", "TAKEN"], "can't listen")])
-def test_what_a_user_can_put_right_is_one_line(home, more, says, url, tmp_path):
+def test_what_a_user_can_put_right_is_one_line(home, more, says, url, tmp_path, own_log):
     args = [str(home) if a == "HOME" else url.rsplit(":", 1)[1] if a == "TAKEN" else str(tmp_path/a) if a == "nothing" else a for a in more]
     got = typer.testing.CliRunner().invoke(cli, ["serve", *args, *([] if "--port" in args else ["--port", "0"])])
     assert got.exit_code == 2 and says in got.output and "Traceback" not in got.output
