@@ -153,7 +153,7 @@ def main()->None:
             r,right = ratio_of(bits(after, docs), sizes),mean_mark(marks)
             record["kinds"][name] = dict(bytes=files[name].stat().st_size, bits_per_byte=[r.mean, r.stderr], bits_change=None if name == "fp32" else paired_bootstrap(bits(after, docs), own, per=sizes)[:3],
                 kl=divergence(before, after), kl_stepwise=divergence([z[:len(d)-1] for z, d in zip(before, few)], spoken_stepwise(decoder, few)), right=[right.mean, right.stderr],
-                right_change=None if name == "fp32" else paired_difference(marks, own_marks)[:3], changed=float(np.mean(marks != own_marks)), memory=median(memory_of(files[name], prompt) for _ in range(1 if args.tiny else 3)))
+                right_change=None if name == "fp32" else paired_difference(marks, own_marks)[:3], changed=float(np.mean(marks != own_marks)), memory=0 if args.tiny and name != "fp32" else median(memory_of(files[name], prompt) for _ in range(1 if args.tiny else 3)))
             print(name, {k:v for k, v in record["kinds"][name].items()}, flush=True)
         took = {name:[] for name in decoders}
         for name,decoder in decoders.items(): timed(decoder, prompt, n_new)

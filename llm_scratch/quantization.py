@@ -308,8 +308,8 @@ def _quiet()->Iterator[None]:
 # %% ../nbs/10a_quantization.ipynb #10a070
 def _to_int8(source:str|Path, target:str|Path, per_channel:bool)->None:
     ort = optional_package("onnxruntime.quantization", "deploy", "quantising an ONNX file")
-    import onnx
     model,lookups,table = _prepared(source)
+    import onnx
     with atomic_path(target) as new:
         with _quiet(): ort.quantize_dynamic(model, new, weight_type=ort.QuantType.QInt8, per_channel=per_channel, op_types_to_quantize=["MatMul"])
         done = _onnx(new)
