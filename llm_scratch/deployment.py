@@ -137,9 +137,14 @@ def _decoder_plan(model:Decoder)->GraphPlan:
 OPSET = 23 # has RMSNormalization and Attention as single nodes
 
 def _write_graph(plan:GraphPlan, path:Path, opset:int, said:dict)->None: # `said` goes into the file's own notes
+    tensors = [t for arg in plan.args for t in (arg if isinstance(arg, list) else [arg])]
+    assert len({id(t) for t in tensors}) == len(tensors), "one tensor for two inputs makes them one input"
     with _explained(), _onnx_attention(), torch.no_grad():
         program = torch.onnx.export(plan.graph.eval(), plan.args, dynamo=True, dynamic_shapes=plan.dims, input_names=plan.inputs, output_names=plan.outputs, opset_version=opset, verbose=False)
     for node in program.model.graph.all_nodes(): node.metadata_props.clear() # in which line of which file on whose disk it was said
+    for out in program.model.graph.outputs:
+        for i,size in enumerate(out.shape):
+            if str(size) == "seq + past": out.shape[i] = "past + seq" # one name for one length
     program.model.metadata_props["llm_scratch"] = json.dumps(said)
     with atomic_path(path) as new: program.save(new, external_data=False)
 
@@ -164,7 +169,7 @@ class EncoderGraph(nn.Module):
 
 def _encoder_plan(model:Encoder)->GraphPlan:
     ids = torch.zeros(2, 3, dtype=torch.long)
-    return GraphPlan(EncoderGraph(model), (ids, ids+1, ids), ({0:"batch", 1:"seq"},)*3, ["input_ids", "attention_mask", "token_type_ids"], ["hidden", "logits"][:1+hasattr(model, "head_proj")])
+    return GraphPlan(EncoderGraph(model), (ids, torch.ones_like(ids), torch.zeros_like(ids)), ({0:"batch", 1:"seq"},)*3, ["input_ids", "attention_mask", "token_type_ids"], ["hidden", "logits"][:1+hasattr(model, "head_proj")])
 
 # %% ../nbs/10_deployment.ipynb #100021
 class ReaderGraph(nn.Module):
@@ -510,7 +515,7 @@ def _genai_config(cfg:ModelConfig, ids:Mapping[str, object], file:str)->dict: # 
 
 # %% ../nbs/10_deployment.ipynb #10003e
 def _measured(model:Decoder, file:Path, texts:Sequence)->dict: # what `bundle.json` says of one file
-    return dict(file=file.name, bytes=file.stat().st_size, parity=check_parity(model, OnnxDecoder(file), texts)._asdict())
+    return dict(file=file.name, parity=check_parity(model, OnnxDecoder(file), texts)._asdict(), bytes=file.stat().st_size)
 
 def save_bundle(
     home:str|Path, # a decoder in the Hugging Face layout, with its tokenizer
@@ -626,6 +631,7 @@ def save_genai(
     _check_free(target, "bundle.json")
     model,tok,ids = load_hf(home).float(),_open_tokenizer(home),load_special_ids(home)
     if not isinstance(model, Decoder): raise UserError(f"{home} holds a {type(model).__name__}: GenAI's builder makes decoders")
+    if model.cfg.d_head % 16: raise UserError(f"d_head={model.cfg.d_head} is not a multiple of 16, as GenAI's attention wants it: save_bundle makes a folder that GenAI opens, too")
     with atomic_path(target) as new:
         _build_genai(home, new, precision)
         copy_tokenizer(home, new)

@@ -5,6 +5,7 @@ import shutil
 import warnings
 from functools import partial
 
+import numpy as np
 import pytest
 import torch
 from models import filled
@@ -25,7 +26,7 @@ from llm_scratch.generation import generate, logprobs, stream  # noqa: E402
 from llm_scratch.interchange import copy_tokenizer, load_hf, save_hf, sentence_vectors  # noqa: E402
 from llm_scratch.tokenization import save_tokenizer, train_bpe  # noqa: E402
 
-CFG = ModelConfig(vocab_size=320, context_len=40, n_layers=1, n_heads=4, n_kv_heads=2, d_model=32, d_ff=48, d_head=8)
+CFG = ModelConfig(vocab_size=320, context_len=40, n_layers=1, n_heads=4, n_kv_heads=2, d_model=32, d_ff=48, d_head=16)
 EVEN = ModelConfig(vocab_size=320, context_len=40, n_layers=1, n_heads=4, n_kv_heads=4, d_model=32, d_ff=48, d_head=8)
 
 
@@ -77,10 +78,7 @@ def tampered(path, change):
 
 def scale(proto, by=1.01):
     big = next(c for c in proto.graph.initializer if list(c.dims) == [CFG.d_model, CFG.d_ff])
-    big.CopyFrom(onnx.numpy_helper.from_array(onnx.numpy_helper.to_array(big)*big_type(by), big.name))
-
-
-def big_type(x): return onnx.numpy_helper.to_array(onnx.helper.make_tensor("x", 1, [], [x]))
+    big.CopyFrom(onnx.numpy_helper.from_array(onnx.numpy_helper.to_array(big)*np.float32(by), big.name))
 
 
 # --- the graph --------------------------------------------------------------------------------------------------------
@@ -100,7 +98,7 @@ def test_inputs_and_outputs_have_the_names_that_others_expect(made):
     proto = onnx.load(made[0]/"fp32.onnx")
     onnx.checker.check_model(proto, full_check=True)
     axes = {v.name:[a.dim_param or a.dim_value for a in v.type.tensor_type.shape.dim] for v in [*proto.graph.input, *proto.graph.output]}
-    kv,longer = ["batch", 2, "past", 8],["batch", 2, "past + seq", 8]
+    kv,longer = ["batch", 2, "past", 16],["batch", 2, "past + seq", 16]
     assert axes == {"input_ids":["batch", "seq"], "attention_mask":["batch", "past + seq"], "position_ids":["batch", "seq"], "past_key_values.0.key":kv, "past_key_values.0.value":kv,
         "logits":["batch", "seq", 320], "present.0.key":longer, "present.0.value":longer}
     assert proto.opset_import[0].version == 23 == read_json(made[0]/"bundle.json")["opset"]
@@ -115,6 +113,11 @@ def test_the_file_tells_nothing_of_the_machine(made):
 def test_what_can_not_be_exported(model, tmp_path):
     with pytest.raises(UserError, match="can't be exported|export wants model.float"): export_onnx(model, tmp_path/"x.onnx")
     assert not list(tmp_path.iterdir())
+
+
+def test_no_tensor_serves_two_inputs(tmp_path):
+    plan = d._encoder_plan(Encoder(EVEN))
+    with pytest.raises(AssertionError, match="one tensor for two inputs"): d._write_graph(plan._replace(args=(plan.args[0],)*3), tmp_path/"x.onnx", 23, {})
 
 
 def test_a_file_can_not_hold_everything(tmp_path):
@@ -136,7 +139,7 @@ def gated(): return UntiedEncoderDecoder(EVEN, read_block=partial(ReadBlock, mlp
 def narrow(cfg, layer): return Block(cfg, layer, attention=partial(Attention, mix=partial(window_attend, window=5), norm=nn.Identity))
 
 
-FAMILIES = dict(gpt2=(lambda: GPT2(EVEN), OnnxDecoder, None), windows=(lambda: UntiedDecoder(CFG, block=narrow), OnnxDecoder, 20), experts=(lambda: Decoder(CFG, block=partial(Block, mlp=partial(MoE, n_experts=3, top_k=2))), OnnxDecoder, None),
+FAMILIES = dict(gpt2=(lambda: GPT2(EVEN), OnnxDecoder, None), windows=(lambda: UntiedDecoder(CFG, block=narrow), OnnxDecoder, None), experts=(lambda: Decoder(CFG, block=partial(Block, mlp=partial(MoE, n_experts=3, top_k=2))), OnnxDecoder, None),
     encoder=(lambda: Encoder(EVEN), OnnxEncoder, None), sentences=(lambda: BareEncoder(EVEN), OnnxEncoder, 20), rewriter=(gated, OnnxEncoderDecoder, None))
 
 
@@ -207,7 +210,7 @@ def test_its_cache_goes_back_and_forks(model, runner):
     cache = runner.new_cache(torch.tensor([0, 2]), 30)
     ids_BT = torch.randint(320, (2, 12))
     first = runner(ids_BT, cache)
-    assert cache.k_LBGSK.shape == (1, 2, 2, 12, 8) == cache.v_LBGSK.shape
+    assert cache.k_LBGSK.shape == (1, 2, 2, 12, 16) == cache.v_LBGSK.shape
     cache.past = 5
     assert_close(runner(ids_BT[:,5:], cache), first[:,5:], atol=1e-5, rtol=0)
     twin = cache.fork([1, 1, 0])
@@ -326,8 +329,7 @@ def test_genai_runs_the_same_file(genai, made, model):
     with pytest.raises(ValueError, match="2 texts at once"): generate(runner, [[1], [2]], 3)
     with pytest.raises(ValueError, match="can't be forked"): cache.fork([0, 0])
     with pytest.raises(ValueError, match="41 positions do not fit into context_len=40"): runner(torch.zeros(1, 41, dtype=torch.long))
-    tok = genai.Tokenizer(runner.model)
-    for text in GATE_PROMPTS[::7]: assert tok.encode(text).tolist() == open_bundle(made[0])[1].encode(text)
+    with pytest.raises(RuntimeError, match="Invalid regex"): genai.Tokenizer(runner.model) # as the chapter says; the day it can, tell the chapter
 
 
 def test_genai_of_its_builder(genai, home, model, tmp_path):
@@ -340,7 +342,12 @@ def test_genai_of_its_builder(genai, home, model, tmp_path):
     with pytest.raises(UserError, match="is corrupt, its checksum is not that in manifest.json"): open_genai(tmp_path/"fast")
 
 
-@pytest.mark.parametrize("change,precision", [(scale, "fp32"), (partial(scale, by=1e3), "int4")])
+def negate(proto):
+    table = next(c for c in proto.graph.initializer if list(c.dims) == [CFG.vocab_size, CFG.d_model])
+    table.CopyFrom(onnx.numpy_helper.from_array(-3*onnx.numpy_helper.to_array(table), table.name))
+
+
+@pytest.mark.parametrize("change,precision", [(scale, "fp32"), (negate, "int4")])
 def test_genai_is_gated(change, precision, genai, made, home, tmp_path, monkeypatch):
     def build(home, folder, precision):
         folder.mkdir()
@@ -350,6 +357,12 @@ def test_genai_is_gated(change, precision, genai, made, home, tmp_path, monkeypa
     with pytest.raises(UserError, match="is not the model, nothing was written"): save_genai(home, tmp_path/"new", precision, texts=GATE_PROMPTS[:2])
     assert not list(tmp_path.iterdir())
     with pytest.raises(UserError, match="precision='int2': give one of fp32, int4"): save_genai(home, tmp_path/"new", "int2")
+
+
+def test_heads_that_genai_does_not_know(genai, home, tmp_path):
+    save_hf(filled(Decoder(EVEN)), tmp_path/"odd", special_ids=dict(eos_token_id=3))
+    copy_tokenizer(home, tmp_path/"odd")
+    with pytest.raises(UserError, match="d_head=8 is not a multiple of 16"): save_genai(tmp_path/"odd", tmp_path/"new")
 
 
 def test_a_damaged_genai_folder(genai, bundle):
