@@ -75,6 +75,7 @@ MAY_IMPORT = {
     "alignment": {"core", "data", "engines", "evaluation", "finetuning", "preference", "pretraining"},
     "reinforcement": {"core", "engines", "evaluation", "finetuning", "generation", "pretraining"},
     "methods": {"core", "architecture", "classification", "clauses", "evaluation", "finetuning", "footprint", "lora", "pretraining", "prompting", "qlora", "report", "tokenization"},  # side by side is its point
+    "quantization": {"core", "lora"},  # which layers are linear
     "safety": {"core", "assistant", "evaluation", "harness", "report"},
     "bias": {"core", "bridge", "comparison", "data", "evaluation", "harness", "report", "safety"},
     "fairness": {"core", "clauses", "comparison", "data", "evaluation", "report", "safety"},  # the classifier under audit, and the kinds of its licences
@@ -84,6 +85,7 @@ MAY_IMPORT = {
     "dialogues": {"core", "assistant", "data", "evaluation", "metrics", "report", "safety"},  # fillings come from the assistant's dialogues
     "memorisation": {"core", "comparison", "epochs", "evaluation", "metrics", "privacy", "report", "safety"},
     "audit": {"core", "comparison", "data", "evaluation", "monitoring", "objectives", "report", "safety"},  # data: whose texts; monitoring: the log of a run; objectives: whose promises
+    "deployment": {"core", "architecture", "families", "generation", "interchange", "tokenization"},
     "serving": {"core", "architecture", "compiled", "generation"},
     "server": {"core", "assistant", "guard", "monitoring", "serving"},  # assistant: the chat template; monitoring: what a metric is
     "kubernetes": {"core", "architecture", "data"},  # data: the pinned file that helm is in
@@ -92,7 +94,8 @@ MAY_IMPORT = {
 }
 HEAVY = {"datasets", "tokenizers", "matplotlib", "rich", "typer", "ipywidgets", "transformers", "evaluate", "IPython", "pandas", "nbdev", "numba", "gguf", "xllamacpp",
          "resiliparse", "trafilatura", "fastwarc", "ftfy", "py3langid", "lingua", "charset_normalizer", "datatrove", "datasketch", "sklearn", "pyarrow", "tiktoken",
-         "psutil", "pynvml", "tensorboard", "wandb", "prometheus_client", "deepspeed", "megatron", "scipy", "sacrebleu", "rouge_score", "lm_eval", "peft", "trl", "fairlearn", "httpx", "inspect_ai", "fastapi", "starlette", "uvicorn", "pydantic", "h11", "openai"}
+         "psutil", "pynvml", "tensorboard", "wandb", "prometheus_client", "deepspeed", "megatron", "scipy", "sacrebleu", "rouge_score", "lm_eval", "peft", "trl", "fairlearn", "httpx", "inspect_ai", "fastapi", "starlette", "uvicorn", "pydantic", "h11", "openai",
+         "onnx", "onnxscript", "onnxruntime", "onnxruntime_genai"}
 HEAVY_BUT_ALLOWED = {"pipeline": {"typer"}, "compiled": {"numba"}, "fastbpe": {"numba"}}  # the command line is made of typer's annotations, compiled functions of numba's decorator
 SECONDS = 2  # of CPU time beyond `import torch`, generous
 
