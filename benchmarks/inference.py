@@ -41,7 +41,7 @@ from llm_scratch.generation import generate  # noqa: E402
 from llm_scratch.interchange import save_hf  # noqa: E402
 from llm_scratch.quantization import to_fp16, to_int4, to_int8_channels  # noqa: E402
 from llm_scratch.serving import CompiledSlots, SlotCache, SlotRows  # noqa: E402
-from llm_scratch.speed import Timing, per_token, tiled_decoder, time_in_turns, write_greedily  # noqa: E402
+from llm_scratch.speed import Timing, four_streams, per_token, tiled_decoder, time_in_turns, write_greedily  # noqa: E402
 from llm_scratch.tokenization import Tokenizer, to_tokenizers_json  # noqa: E402
 
 CFG = ModelConfig(vocab_size=4096, context_len=256, n_layers=7, n_heads=4, n_kv_heads=4, d_model=256, d_ff=704, d_head=64)
@@ -187,10 +187,11 @@ def measure(backends:dict, kitchen:Kitchen, ids_BT:torch.Tensor, n:int, rounds:i
     short = lambda times: [[float(f"{t:.5g}") for t in pair] for pair in times]
     return dict(same=same, prefill={name:short(found[name,1]) for name in writers}, decode={name:short(per_token(found[name,1], found[name,n], n)) for name in writers}),skipped
 
-def bandwidth(n:int=2**25, rounds:int=5)->float: # bytes per CPU-second that one core reads: a sum over 128 MB
-    x = np.ones(n, np.float32)
-    took = time_in_turns(dict(read=lambda: x.sum()), rounds)["read"]
-    return x.nbytes/min(t.cpu for t in took)
+def bandwidth(n:int, rounds:int=20)->float: # bytes per CPU-second at which one core reads a matrix as large as all weights, again and again; `n` numbers
+    w_NM = np.ones((n//256, 256), np.float32)
+    scale_N,x_M,out_N = np.ones(len(w_NM), np.float32),np.ones(256, np.float32),np.empty(len(w_NM), np.float32)
+    four_streams(w_NM, scale_N, x_M, out_N) # compiled now
+    return w_NM.nbytes/min(t.cpu for t in time_in_turns(dict(read=lambda: four_streams(w_NM, scale_N, x_M, out_N)), rounds)["read"])
 
 def peak(n:int=1024, rounds:int=5)->float: # operations per CPU-second of a float32 product
     a = torch.ones(n, n)
@@ -208,7 +209,7 @@ def main(argv:list[str]|None=None)->None:
     rng = torch.Generator().manual_seed(0)
     record = dict(machine=machine(), versions={p:version(p) for p in ("onnxruntime", "onnxruntime-genai", "xllamacpp", "transformers", "torch", "numba") if find_spec(p.replace("-", "_"))},
         n_cpus=len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(), config=asdict(cfg), n_params=n_params(cfg), prompt=T, n_new=n, rounds=rounds,
-        bandwidth=round(bandwidth(2**20 if args.tiny else 2**25)), peak=round(peak(64 if args.tiny else 1024)), batches={})
+        bandwidth=round(bandwidth(n_params(cfg))), peak=round(peak(64 if args.tiny else 1024)), batches={})
     skipped = []
     with tempfile.TemporaryDirectory() as folder:
         kitchen = Kitchen(cfg, Path(folder))

@@ -24,7 +24,7 @@ from .evaluation import half_width
 from .generation import begin, read_on
 
 try:
-    from llvmlite import binding, ir
+    from llvmlite import ir
     from numba import types
     from numba.core import cgutils
     from numba.extending import intrinsic
@@ -45,15 +45,19 @@ def time_in_turns(
 )->dict[str, list[Timing]]: # of each, one for each round
     "Time all works in every round, and let each round begin with another one."
     if rounds < 1 or not works: raise UserError(f"{len(works)} works and rounds={rounds}: give at least one of each")
-    names,found = list(works),{name:[] for name in works}
-    for i in range(rounds):
-        first = 3*i % len(names) # so that nobody always follows the same clearing of caches
-        for name in names[first:] + names[:first]:
-            gc.collect()
-            before = cpu(),wall()
-            result = works[name]() # kept until the clocks are read: throwing it away is nobody's work
-            found[name].append(Timing(cpu()-before[0], wall()-before[1]))
-            del result
+    names,found,collects = list(works),{name:[] for name in works},gc.isenabled()
+    gc.collect()
+    gc.disable() # it would come whenever it likes
+    try:
+        for i in range(rounds):
+            first = 3*i % len(names) # nobody is always first, when caches are cold
+            for name in names[first:] + names[:first]:
+                before = cpu(),wall()
+                result = works[name]() # kept until the clocks are read: throwing it away is nobody's work
+                found[name].append(Timing(cpu()-before[0], wall()-before[1]))
+                del result
+    finally:
+        if collects: gc.enable()
     return found
 
 # %% ../nbs/10i_speed.ipynb #10i012
@@ -153,10 +157,10 @@ def round_groups(
 def _lanes(kind:object, n:int)->object: return ir.VectorType(kind, n)
 def _same(kind:object, value:int)->object: return ir.Constant(kind, [value]*kind.count)
 
-def _add_products(b:object, sum_16:object, code_64:object, x_64:object)->object:
+def _add_products(b:object, is_there:bool, sum_16:object, code_64:object, x_64:object)->object:
     "To each of 16 sums add four products: one instruction where the processor has it (AVX-512 VNNI), a dozen elsewhere."
     word,many = _lanes(ir.IntType(32), 16),_lanes(ir.IntType(32), 64)
-    if binding.get_host_cpu_features().get("avx512vnni"):
+    if is_there:
         vpdpbusd = b.module.declare_intrinsic("llvm.x86.avx512.vpdpbusd.512", (), ir.FunctionType(word, [word]*3))
         return b.call(vpdpbusd, [sum_16, b.bitcast(code_64, word), b.bitcast(x_64, word)])
     product = b.mul(b.zext(code_64, many), b.sext(x_64, many))
@@ -169,7 +173,7 @@ def _tile_code(kind:object, context:object, b:object, sig:object, args:Sequence)
     byte,word,real = ir.IntType(8),ir.IntType(32),ir.FloatType()
     bytes_,words,reals = _lanes(byte, 64),_lanes(word, 16),_lanes(real, 16)
     w,s,x,x_step,less,out = (context.make_array(sig.args[i])(context, b, args[i]).data for i in (0, 1, 2, 3, 4, 7))
-    n,G = args[5:7]
+    (n,G),is_there = args[5:7],"+avx512vnni" in context.codegen()._tm_features # of the processor that is compiled for
     def load(source:object, i:object, vector:object)->object: return b.load(b.bitcast(b.gep(source, [i]), vector.as_pointer()), align=1)
     def spread(source:object, i:object, vector:object)->object: # one number to all lanes
         one = b.insert_element(ir.Constant(vector, ir.Undefined), load(source, i, vector.element), word(0))
@@ -183,7 +187,7 @@ def _tile_code(kind:object, context:object, b:object, sig:object, args:Sequence)
             run = load(w, b.add(b.mul(tile, n.type(64*n_runs)), n.type(64*k)), bytes_)
             if n_runs == 8: parts = [(k, b.xor(run, _same(bytes_, -128)))] # the instruction wants codes from 0 on
             else: parts = [(k, b.and_(run, _same(bytes_, 15))), (k+4, b.lshr(run, _same(bytes_, 4)))]
-            for i,codes in parts: sums = _add_products(b, sums, codes, x_at(i))
+            for i,codes in parts: sums = _add_products(b, is_there, sums, codes, x_at(i))
         step = b.fmul(load(s, b.mul(tile, n.type(16)), reals), spread(x_step, g, reals))
         b.store(b.fadd(b.load(total), b.fmul(b.sitofp(sums, reals), step, flags=("contract",)), flags=("contract",)), total)
     b.store(b.load(total), b.bitcast(b.gep(out, [b.mul(n, n.type(16))]), reals.as_pointer()), align=4)
