@@ -282,8 +282,8 @@ def test_table_and_plot():
     import matplotlib.pyplot as plt
     some = lambda *ms: [Timing(t/1e3, t/500) for t in ms]
     record = dict(prefill={"base": some(9, 10), "ours, a": some(9, 9)}, decode={"base": some(4, 4.4), "ours, a": some(1, 1.1)})
-    lines = speed_table(record, "base").splitlines()
-    assert lines[2].split(" | ")[0] == "| base" and lines[3] == "| ours, a | 9.0 | 1.000 | 2.020 | 4.00 (4.00–4.00) |"
+    lines = speed_table(record, "base", 3).splitlines()
+    assert lines[2].split(" | ")[0] == "| base" and lines[3] == "| ours, a | 9.0 | 1.000 | 22 | 4.00 (4.00–4.00) |"
     fig, ax = plt.subplots()
     plot_speed(ax, record, "base")
     assert [t.get_text() for t in ax.get_yticklabels()] == ["base", "ours, a"] and [round(p.get_width(), 3) for p in ax.patches] == [1, 4]
