@@ -132,9 +132,8 @@ def test_four_bits_are_those_of_llama_cpp():
     w_NM = np.random.default_rng(0).normal(size=(32, 64)).astype(np.float32)
     kind = gguf.GGMLQuantizationType.Q4_0
     theirs = gguf.dequantize(gguf.quantize(w_NM, kind), kind)
-    assert np.abs(untiled(*as_tiles(w_NM), 32, 64)-theirs).max() < .02*np.abs(theirs).max() or np.mean(untiled(*as_tiles(w_NM), 32, 64) != theirs) < 1
-    off = [np.square(x-w_NM).mean() for x in (untiled(*as_tiles(w_NM), 32, 64), theirs)]
-    assert off[0] == pytest.approx(off[1], rel=.05)
+    ours = untiled(*as_tiles(w_NM), 32, 64)
+    assert np.mean(np.abs(ours-theirs) < 1e-3*np.abs(theirs).max()) > .99 and not np.array_equal(ours, theirs)  # their steps are halves: a tie may fall otherwise
 
 
 @pytest.mark.parametrize("n_bits", [4, 8])
