@@ -88,11 +88,13 @@ MAY_IMPORT = {
     "server": {"core", "assistant", "guard", "monitoring", "serving"},  # assistant: the chat template; monitoring: what a metric is
     "kubernetes": {"core", "architecture", "data"},  # data: the pinned file that helm is in
     "inferentia": {"core", "architecture", "costs"},  # what is rented
+    "deployment": {"core", "architecture", "families", "generation", "interchange", "tokenization"},
     "pipeline": {"core", "serving", "server", "adversarial", "audit", "bias", "dialogues", "fairness", "guard", "injection", "memorisation", "safety", "objectives", "architecture", "backward", "generation", "interchange", "llamacpp", "data", "sources", "cleaning", "privacy", "curation", "duplicates", "tokenization", "fastbpe", "infrastructure", "planning", "checkpointing", "engines", "launching", "monitoring", "pretraining", "rates", "stability", "watching", "evaluation", "comparison", "perplexity", "metrics", "harness", "bridge", "report", "alignment", "assistant", "classification", "clauses", "footprint", "methods"},
 }
 HEAVY = {"datasets", "tokenizers", "matplotlib", "rich", "typer", "ipywidgets", "transformers", "evaluate", "IPython", "pandas", "nbdev", "numba", "gguf", "xllamacpp",
          "resiliparse", "trafilatura", "fastwarc", "ftfy", "py3langid", "lingua", "charset_normalizer", "datatrove", "datasketch", "sklearn", "pyarrow", "tiktoken",
-         "psutil", "pynvml", "tensorboard", "wandb", "prometheus_client", "deepspeed", "megatron", "scipy", "sacrebleu", "rouge_score", "lm_eval", "peft", "trl", "fairlearn", "httpx", "inspect_ai", "fastapi", "starlette", "uvicorn", "pydantic", "h11", "openai"}
+         "psutil", "pynvml", "tensorboard", "wandb", "prometheus_client", "deepspeed", "megatron", "scipy", "sacrebleu", "rouge_score", "lm_eval", "peft", "trl", "fairlearn", "httpx", "inspect_ai", "fastapi", "starlette", "uvicorn", "pydantic", "h11", "openai",
+         "onnx", "onnxscript", "onnxruntime", "onnxruntime_genai"}
 HEAVY_BUT_ALLOWED = {"pipeline": {"typer"}, "compiled": {"numba"}, "fastbpe": {"numba"}}  # the command line is made of typer's annotations, compiled functions of numba's decorator
 SECONDS = 2  # of CPU time beyond `import torch`, generous
 
