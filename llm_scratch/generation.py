@@ -267,6 +267,7 @@ def begin(
     if cache is not None and cache.max_len < most: limit,most = "the cache's max_len",cache.max_len
     if T+max_new_tokens > most: raise ValueError(
         f"{T} tokens and max_new_tokens={max_new_tokens} make {T+max_new_tokens}, more than {limit}={most}: ask for at most {max(most-T, 0)}")
+    if cache is None and hasattr(model, "new_cache"): return ids_BT, model.new_cache(n_pad_B, T+max_new_tokens) # it keeps its past in a way of its own (chapter 10)
     if cache is None:
         make = partial(PaddedCache, model.cfg, n_pad_B) if n_pad_B.any() else partial(Cache, model.cfg, B)
         return ids_BT, make(T+max_new_tokens, device=weight.device, dtype=weight.dtype)

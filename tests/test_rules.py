@@ -84,11 +84,13 @@ MAY_IMPORT = {
     "dialogues": {"core", "assistant", "data", "evaluation", "metrics", "report", "safety"},  # fillings come from the assistant's dialogues
     "memorisation": {"core", "comparison", "epochs", "evaluation", "metrics", "privacy", "report", "safety"},
     "audit": {"core", "comparison", "data", "evaluation", "monitoring", "objectives", "report", "safety"},  # data: whose texts; monitoring: the log of a run; objectives: whose promises
+    "deployment": {"core", "architecture", "families", "generation"},
     "pipeline": {"core", "adversarial", "audit", "bias", "dialogues", "fairness", "guard", "injection", "memorisation", "safety", "objectives", "architecture", "backward", "generation", "interchange", "llamacpp", "data", "sources", "cleaning", "privacy", "curation", "duplicates", "tokenization", "fastbpe", "infrastructure", "planning", "checkpointing", "engines", "launching", "monitoring", "pretraining", "rates", "stability", "watching", "evaluation", "comparison", "perplexity", "metrics", "harness", "bridge", "report", "alignment", "assistant", "classification", "clauses", "footprint", "methods"},
 }
 HEAVY = {"datasets", "tokenizers", "matplotlib", "rich", "typer", "ipywidgets", "transformers", "evaluate", "IPython", "pandas", "nbdev", "numba", "gguf", "xllamacpp",
          "resiliparse", "trafilatura", "fastwarc", "ftfy", "py3langid", "lingua", "charset_normalizer", "datatrove", "datasketch", "sklearn", "pyarrow", "tiktoken",
-         "psutil", "pynvml", "tensorboard", "wandb", "prometheus_client", "deepspeed", "megatron", "scipy", "sacrebleu", "rouge_score", "lm_eval", "peft", "trl", "fairlearn", "httpx", "inspect_ai"}
+         "psutil", "pynvml", "tensorboard", "wandb", "prometheus_client", "deepspeed", "megatron", "scipy", "sacrebleu", "rouge_score", "lm_eval", "peft", "trl", "fairlearn", "httpx", "inspect_ai",
+         "onnx", "onnxscript", "onnxruntime", "onnxruntime_genai"}
 HEAVY_BUT_ALLOWED = {"pipeline": {"typer"}, "compiled": {"numba"}, "fastbpe": {"numba"}}  # the command line is made of typer's annotations, compiled functions of numba's decorator
 SECONDS = 2  # of CPU time beyond `import torch`, generous
 
