@@ -39,12 +39,14 @@ from llm_scratch.pipeline import open_run  # noqa: E402
 from llm_scratch.tokenization import load_tokenizer  # noqa: E402
 
 PROMPTS = "# Tomato Soup", "# Fried Rice", "# Chocolate Chip Cookies", "# Potato Salad", "# Chicken Curry"
+DIALS = dict(temperature=.7, topp=.95, seed=1) # chosen by hand, for a first soup that is one; the page says so
 
 def about(run, n_weights:int, n_docs:int)->tuple[list[str], str]:
     "What the page says of its model, and whose text it has read."
     p = run.preset
     said = [f"A language model of {n_weights/1e6:.1f} million weights, trained from nothing by this book's command make run: {n_docs:,} documents ({', '.join(SOURCES[s].content if s in SOURCES else s for s in p.sources)}), {p.n_steps:,} updates, minutes on two CPU cores. It has read nothing else.",
-            "It knows what a recipe looks like, and little of cooking. It mixes up amounts, forgets what it has in the pot, and answers no questions. Cook nothing that you would not have cooked anyway."]
+            "It knows what a recipe looks like, and little of cooking. It mixes up amounts, forgets what it has in the pot, and answers no questions. Cook nothing that you would not have cooked anyway.",
+            "The first seed was chosen for its soup. Press \"Another one\" for what comes by chance."]
     texts = [SOURCES[s] for s in p.sources if s in SOURCES]
     whose = "; ".join(f"{t.content}, by {t.attribution[0].lower()}{t.attribution[1:]}, {t.licence}" for t in texts)
     return said, f"The weights are learned from {whose}, and are given on under the same licence." if texts else "The weights are under Apache-2.0, as is the text that they come from."
@@ -92,7 +94,7 @@ def main(argv:list[str]|None=None)->None:
         with TemporaryDirectory() as tmp:
             fp32 = export_onnx(model, Path(tmp)/"fp32.onnx")
             to_int8_weights(fp32, Path(tmp)/"int8.onnx")
-            pack = pack_model(Path(tmp)/"int8.onnx", run.model, args.pack, about=said, prompts=PROMPTS, licence=licence)
+            pack = pack_model(Path(tmp)/"int8.onnx", run.model, args.pack, about=said, prompts=PROMPTS, licence=licence, dials=DIALS)
             graphs = {name:OnnxDecoder(path) for name,path in dict(fp32=fp32, int8=pack/"model.onnx").items()}
             sizes = {name:g.path.stat().st_size for name,g in graphs.items()}
             ids,n_bytes = [[tok.eot_id, *tok.encode(t), tok.eot_id] for t in held],[len(t.encode()) for t in held]

@@ -323,6 +323,7 @@ def pack_model(
     about:Sequence[str]=(), # paragraphs of plain text: what it has read, and what it can't
     prompts:Sequence[str]=("# Tomato Soup",), # to choose from, the first is shown; a line that begins with `#` is a title
     licence:str="", # of the weights and of the text that they come from
+    dials:Mapping[str, float]=dict(temperature=.8, topp=.95, seed=0), # where they stand at first
 )->Path: # the folder
     "All that a page must know of a model, sealed: the graph, the tokenizer, which characters are letters, and facts."
     onnx,saved = optional_package("onnx", "deploy", "packing a model"),_web_tokenizer(Path(home)/"tokenizer.json")
@@ -330,7 +331,7 @@ def pack_model(
     if not said: raise UserError(f"{graph} doesn't say what it holds: give a decoder that export_onnx wrote")
     sizes,ends = json.loads(said)["config"],[t["id"] for t in saved["added_tokens"] if t["content"] == SPECIALS[0]]
     if not ends: raise UserError(f"{home} has no token {SPECIALS[0]}, with which every text begins and ends")
-    facts = dict(title=title, about=list(about), prompts=list(prompts), licence=licence, sizes=sizes, eot_id=ends[0])
+    facts = dict(title=title, about=list(about), prompts=list(prompts), licence=licence, dials=dict(dials), sizes=sizes, eot_id=ends[0])
     with atomic_path(folder) as new:
         new.mkdir()
         shutil.copyfile(graph, new/"model.onnx")
@@ -376,7 +377,8 @@ def page_piece(
     base:str="", # where the page's files are, seen from the page: empty or a folder with a slash behind it
 )->str: # HTML without a head, to be put into any page
     "The part of a page that talks to a model."
-    dial = lambda name,text,least,most,at: f'<label for="talk-{name}">{text}<output id="talk-{name}-is" for="talk-{name}">{at:.2f}</output><input type="range" id="talk-{name}" min="{least}" max="{most}" step="0.05" value="{at}"></label>'
+    at = facts["dials"]
+    dial = lambda name,text,least,most: f'<label for="talk-{name}">{text}<output id="talk-{name}-is" for="talk-{name}">{at[name]:.2f}</output><input type="range" id="talk-{name}" min="{least}" max="{most}" step="0.05" value="{at[name]}"></label>'
     picks = "".join(f'<button type="button" class="pick" data-prompt="{escape(p)}">{escape(p.lstrip("# "))}</button>' for p in facts["prompts"])
     return f"""<link rel="stylesheet" href="{base}talk.css">
 <div class="talk" id="talk">
@@ -385,7 +387,7 @@ def page_piece(
 <label for="talk-prompt">The model goes on from this</label>
 <textarea id="talk-prompt" rows="3" maxlength="4000" spellcheck="false" aria-describedby="talk-hint">{escape(facts["prompts"][0])}</textarea>
 <div class="talk-row" role="group" aria-label="Examples">{picks}</div>
-<div class="talk-dials">{dial("temperature", "Temperature", 0, 1.5, .8)}{dial("topp", "Top-p", .05, 1, .95)}<label for="talk-seed">Seed<br><input type="number" id="talk-seed" min="0" max="4294967295" step="1" value="0" inputmode="numeric"></label></div>
+<div class="talk-dials">{dial("temperature", "Temperature", 0, 1.5)}{dial("topp", "Top-p", .05, 1)}<label for="talk-seed">Seed<br><input type="number" id="talk-seed" min="0" max="4294967295" step="1" value="{at["seed"]:.0f}" inputmode="numeric"></label></div>
 <div class="talk-row"><button type="button" class="main" id="talk-load">Load the model ({n_bytes/1e6:.1f} MB)</button><button type="submit" class="main" id="talk-write" hidden>Write</button><button type="button" id="talk-again" hidden>Another one</button><button type="button" id="talk-stop" hidden>Stop</button></div>
 </form>
 <progress id="talk-progress" max="1" value="0" aria-label="Loading the model" hidden></progress>

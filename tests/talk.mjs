@@ -1,9 +1,9 @@
 // Talk to a model in a page as a visitor would: load it, write, stop, another seed; light and dark, wide and on a phone, with every other address refused.
 //
-//     node tests/talk.mjs URL [--prompt TEXT]... [--strings FILE] [--shots FOLDER] [--broken]
+//     node tests/talk.mjs URL [--prompt TEXT]... [--strings FILE] [--shots FOLDER] [--brief] [--broken]
 //
 // URL is a page with page_piece of llm_scratch.browser in it. Each prompt is written with temperature 0; FILE is a JSON list of texts to be encoded by the page's own tokenizer, its prefix the folder of the page's scripts.
-// Prints one line of JSON: { before, ready, texts, again, stopped, ids, sent, focus, problems }. --broken expects that loading fails, and reports what the page says. CHROMIUM names the browser.
+// Prints one line of JSON: { before, focus, ready, texts, again, stopped, long, ids, sent, problems }. --brief does without seeds, Stop and what is too long; --broken expects that loading fails, and reports what the page says. CHROMIUM names the browser.
 import { readFileSync, mkdirSync } from 'node:fs';
 import { createRequire } from 'node:module';
 import { join } from 'node:path';
@@ -11,8 +11,8 @@ import { parseArgs } from 'node:util';
 
 const { chromium } = createRequire(new URL('../docs/package.json', import.meta.url))('playwright-core'); // from docs/node_modules
 const { values: options, positionals: [url] } = parseArgs({ allowPositionals: true, options: {
-  prompt: { type: 'string', multiple: true, default: [] }, strings: { type: 'string' }, shots: { type: 'string' }, broken: { type: 'boolean', default: false } } });
-const report = { before: null, ready: null, texts: [], again: [], stopped: null, ids: null, sent: [], problems: [] };
+  prompt: { type: 'string', multiple: true, default: [] }, strings: { type: 'string' }, shots: { type: 'string' }, brief: { type: 'boolean', default: false }, broken: { type: 'boolean', default: false } } });
+const report = { before: null, focus: [], ready: null, texts: [], again: [], stopped: null, long: null, ids: null, sent: [], problems: [] };
 const limit = 60000, phone = { width: 390, height: 844 }, desk = { width: 1280, height: 900 }, home = new URL('/', url).href;
 const problem = what => report.problems.push(what);
 
@@ -46,7 +46,7 @@ async function shot(page, name) {
   await page.screenshot({ path: join(options.shots, `${name}.png`), fullPage: true });
 }
 
-const text = page => page.locator('#talk-text').innerText(), status = page => page.locator('#talk-status').innerText();
+const text = page => page.locator('#talk-text').textContent(), status = page => page.locator('#talk-status').innerText();
 const idle = page => page.waitForFunction(() => document.getElementById('talk-text').getAttribute('aria-busy') === 'false');
 const set = (page, name, value) => page.locator(`#talk-${name}`).evaluate((e, v) => { e.value = v; e.dispatchEvent(new Event('input')); }, value);
 const wide = () => document.documentElement.scrollWidth > document.documentElement.clientWidth && `too wide at ${innerWidth} px: ${document.documentElement.scrollWidth}`;
@@ -57,6 +57,20 @@ async function write(page, button = 'write') {
   return { text: await text(page), status: await status(page) };
 }
 
+async function turn(page) { // dials, seeds, Stop, and more than fits
+  await set(page, 'temperature', '0.8');
+  for (const button of ['write', 'write', 'again']) report.again.push({ ...(await write(page, button)), seed: await page.locator('#talk-seed').inputValue() });
+  await set(page, 'temperature', '1.5');
+  await set(page, 'topp', '1');
+  await page.locator('#talk-prompt').fill('# Soup');
+  await page.locator('#talk-write').click();
+  await page.locator('#talk-stop').click();
+  await idle(page);
+  report.stopped = await status(page);
+  await page.locator('#talk-prompt').fill('word '.repeat(790));
+  report.long = (await write(page)).status;
+}
+
 async function visit() {
   const page = await open();
   report.before = { status: await status(page), loaded: report.sent.filter(f => /onnx$|wasm$/.test(f)), button: await page.locator('#talk-load').innerText() };
@@ -64,7 +78,7 @@ async function visit() {
   if (unnamed.length) problem(`no name for ${unnamed}`);
   await page.locator('#talk-prompt').focus();
   const focus = [];
-  for (let i = 0; i < 12; i++) { focus.push(await page.evaluate(() => document.activeElement.id || document.activeElement.textContent)); await page.keyboard.press('Tab'); }
+  for (let i = 0; i < 12; i++) { focus.push(await page.evaluate(() => document.activeElement.id || document.activeElement.textContent.slice(0, 40))); await page.keyboard.press('Tab'); }
   report.focus = focus; // what the keyboard reaches, in order
   await shot(page, 'before-light');
   await page.locator('#talk-load').click();
@@ -77,17 +91,7 @@ async function visit() {
     await page.locator('#talk-prompt').fill(prompt);
     report.texts.push(await write(page));
   }
-  await set(page, 'temperature', '0.8');
-  for (const button of ['write', 'write', 'again']) report.again.push({ ...(await write(page, button)), seed: await page.locator('#talk-seed').inputValue() });
-  await set(page, 'temperature', '1.5');
-  await set(page, 'topp', '1');
-  await page.locator('#talk-prompt').fill('# Soup');
-  await page.locator('#talk-write').click();
-  await page.locator('#talk-stop').click();
-  await idle(page);
-  report.stopped = await status(page);
-  await page.locator('#talk-prompt').fill('word '.repeat(790));
-  report.long = (await write(page)).status;
+  if (!options.brief) await turn(page);
   if (options.strings) report.ids = await page.evaluate(async strings => {
     const base = document.querySelector('script[src$="talk.js"]').src, { Tokenizer } = await import(new URL('tokenizer.js', base).href), json = async name => (await fetch(new URL(name, base))).json();
     const tok = new Tokenizer(await json('tokenizer.json'), await json('kinds.json'));
