@@ -197,13 +197,13 @@ export function choose(scores, { temperature, topP }, random) {
 
 # %% ../nbs/10e_browser.ipynb #10e039
 def find_runtime(
-    folder:str|Path|None=None, # that of `onnxruntime-web`, or its `dist`; None: where the site's `npm ci` puts it, or `node_modules` here
+    folder:str|Path|None=None, # that of `onnxruntime-web`, or its `dist`; None: from `node_modules` here or above, or in `docs` beside it, where the site's `npm ci` puts it
 )->Path: # holds the files of `RUNTIME`, whole
     "The folder with onnxruntime-web; `UserError` when it is missing or another version."
-    root = Path(__file__).resolve().parent.parent/"docs"
-    homes = [Path(folder)] if folder else [base/"node_modules"/"onnxruntime-web" for base in (root, Path.cwd())]
+    above = [Path.cwd(), *Path.cwd().parents]
+    homes = [Path(folder)] if folder else [base/part/"node_modules"/"onnxruntime-web" for base in above for part in (".", "docs")]
     found = next((d for home in homes for d in (home/"dist", home) if (d/next(iter(RUNTIME))).is_file()), None)
-    if not found: raise UserError(f"onnxruntime-web is not in {' or '.join(map(str, homes))}: npm install --ignore-scripts onnxruntime-web@{RUNTIME_VERSION}, and give its folder")
+    if not found: raise UserError(f"onnxruntime-web is not in {folder or 'node_modules'}: npm install --ignore-scripts onnxruntime-web@{RUNTIME_VERSION}, and give its folder")
     check_files(found, {name:digest for name,(_,digest) in RUNTIME.items()}, "llm_scratch.browser.RUNTIME", f"install onnxruntime-web@{RUNTIME_VERSION}")
     return found
 
@@ -427,9 +427,11 @@ async function fetched(name, { bytes, sha256 }, came) { // a file, if it is the 
 
 async function load() {
   const facts = await (await fetch(new URL('page.json', here), { cache: 'no-cache' })).json(), total = Object.values(facts.files).reduce((sum, f) => sum + f.bytes, 0);
-  let n = 0;
-  const came = more => { n += more; part('progress').value = n / total; say(`Loading: ${(n / 1e6).toFixed(1)} of ${(total / 1e6).toFixed(1)} MB`); };
-  const files = Object.fromEntries(await Promise.all(Object.entries(facts.files).map(async ([name, f]) => [name, await fetched(name, f, came)])));
+  let n = 0, failed = false;
+  const came = more => { if (failed) return; n += more; part('progress').value = n / total; say(`Loading: ${(n / 1e6).toFixed(1)} of ${(total / 1e6).toFixed(1)} MB`); };
+  const coming = Promise.all(Object.entries(facts.files).map(async ([name, f]) => [name, await fetched(name, f, came)]));
+  coming.catch(() => { failed = true; }); // the others still come: they must not speak over the message
+  const files = Object.fromEntries(await coming);
   say('Starting the runtime');
   await breathe();
   const json = name => JSON.parse(new TextDecoder().decode(files[name])), ort = await import(new URL('ort/ort.wasm.min.mjs', here).href);
