@@ -75,6 +75,7 @@ MAY_IMPORT = {
     "alignment": {"core", "data", "engines", "evaluation", "finetuning", "preference", "pretraining"},
     "reinforcement": {"core", "engines", "evaluation", "finetuning", "generation", "pretraining"},
     "methods": {"core", "architecture", "classification", "clauses", "evaluation", "finetuning", "footprint", "lora", "pretraining", "prompting", "qlora", "report", "tokenization"},  # side by side is its point
+    "quantization": {"core", "lora"},  # which layers are linear
     "safety": {"core", "assistant", "evaluation", "harness", "report"},
     "bias": {"core", "bridge", "comparison", "data", "evaluation", "harness", "report", "safety"},
     "fairness": {"core", "clauses", "comparison", "data", "evaluation", "report", "safety"},  # the classifier under audit, and the kinds of its licences
