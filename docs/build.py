@@ -27,7 +27,7 @@ from nbformat.v4 import new_code_cell, new_markdown_cell
 DOCS = Path(__file__).resolve().parent
 ROOT = DOCS.parent
 sys.path.insert(0, str(ROOT))
-from llm_scratch.core import UserError, atomic_path  # noqa: E402
+from llm_scratch.core import UserError, atomic_path, read_json  # noqa: E402
 
 LIB = "llm_scratch"
 DIRECTIVE = re.compile(r"#\|\s*([\w-]+)\s*:?\s*(.*?)\s*$")
@@ -220,11 +220,11 @@ def reference(book:list[Chapter])->str:
 
 def talk(extra:Path, modules:Path)->str: # `extra` gets the folder `talk`, which is copied as it is
     "The page on which a visitor's browser runs the model that lies in docs/demo."
-    from llm_scratch.browser import open_pack, page_bytes, page_piece, write_page
-    try: facts,n_bytes = open_pack(DOCS/"demo"),page_bytes(write_page(DOCS/"demo", extra/"talk", modules/"onnxruntime-web"))
+    from llm_scratch.browser import page_piece, write_page
+    try: facts = read_json(write_page(DOCS/"demo", extra/"talk", modules/"onnxruntime-web")/"page.json")
     except UserError as e: raise SystemExit(f"docs/build.py: {e}") from None
     lead = "{.summary}\nThe model that this book trains, in your own browser: nothing is installed, and nothing that you type leaves this page\n"
-    return f"# {facts['title']}\n\n{lead}\n```{{raw}} html\n{page_piece(facts, n_bytes, 'talk/')}```\n\nHow it is made, and proved equal to the model in Python: [chapter 10e](browser.ipynb).\n"
+    return f"# {facts['title']}\n\n{lead}\n```{{raw}} html\n{page_piece(facts, 'talk/')}```\n\nHow it is made, and proved equal to the model in Python: [chapter 10e](browser.ipynb).\n"
 
 # --- the build -------------------------------------------------------------------------------------------------
 

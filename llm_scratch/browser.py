@@ -372,13 +372,13 @@ h1 { font-size: 1.7rem; line-height: 1.2; }
 
 # %% ../nbs/10e_browser.ipynb #10e056
 def page_piece(
-    facts:dict, # of a pack
-    n_bytes:int, # of all that is loaded
+    facts:dict, # what `page.json` of the page's folder holds
     base:str="", # where the page's files are, seen from the page: empty or a folder with a slash behind it
 )->str: # HTML without a head, to be put into any page
     "The part of a page that talks to a model."
     at = facts["dials"]
     dial = lambda name,text,least,most: f'<label for="talk-{name}">{text}<output id="talk-{name}-is" for="talk-{name}">{at[name]:.2f}</output><input type="range" id="talk-{name}" min="{least}" max="{most}" step="0.05" value="{at[name]}"></label>'
+    n_bytes = sum(f["bytes"] for f in facts["files"].values())
     picks = "".join(f'<button type="button" class="pick" data-prompt="{escape(p)}">{escape(p.lstrip("# "))}</button>' for p in facts["prompts"])
     return f"""<link rel="stylesheet" href="{base}talk.css">
 <div class="talk" id="talk">
@@ -511,10 +511,10 @@ def write_page(
         for name in _MODEL_FILES[:3]: shutil.copyfile(Path(pack)/name, new/name)
         for name in RUNTIME: shutil.copyfile(dist/name, new/"ort"/name)
         loaded = {p.relative_to(new).as_posix():dict(bytes=p.stat().st_size, sha256=sha256_file(p)) for p in sorted(new.rglob("*")) if p.is_file() and p.suffix != ".mjs"}
-        write_json(new/"page.json", facts | dict(files=loaded))
+        write_json(new/"page.json", facts := facts | dict(files=loaded))
         texts = {"tokenizer.js":TOKENIZER_JS, "sampling.js":SAMPLING_JS, "decoder.js":DECODER_JS, "talk.js":PAGE_JS, "talk.css":PAGE_CSS, "NOTICE.txt":"\n\n".join(filter(None, (facts["licence"], _NOTICE)))}
         head = f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1"><title>{escape(facts["title"])}</title><link rel="icon" href="data:,"><style>{_ALONE_CSS}</style></head>'
-        texts["index.html"] = f'{head}\n<body><main><h1>{escape(facts["title"])}</h1>\n{page_piece(facts, page_bytes(new))}</main></body></html>\n'
+        texts["index.html"] = f'{head}\n<body><main><h1>{escape(facts["title"])}</h1>\n{page_piece(facts)}</main></body></html>\n'
         for name,text in texts.items(): (new/name).write_text(text, encoding="utf-8")
         if (n := page_bytes(new)) > budget:
             largest = max((p for p in new.rglob("*") if p.is_file()), key=lambda p: p.stat().st_size)
@@ -537,13 +537,13 @@ def export_browser(
     **facts:object, # of `pack_model`: `title`, `about`, `prompts`, `licence`
 )->Path: # the folder: `python -m http.server --directory FOLDER` and a browser are enough
     "A page that runs a model in its visitor's browser."
-    from llm_scratch.deployment import export_onnx
-    from llm_scratch.interchange import load_hf
+    from llm_scratch.deployment import save_bundle
     find_runtime(runtime) # before a minute of work
     home = next((h for h in (Path(source), Path(source)/"model") if (h/"tokenizer.json").is_file()), None)
     if home is None: raise UserError(f"{source} holds no model with a tokenizer: give a run, a folder in the Hugging Face layout, or a bundle")
     _web_tokenizer(home/"tokenizer.json")
     with TemporaryDirectory() as tmp:
-        graph = home/"model.onnx" if (home/"model.onnx").is_file() else export_onnx(load_hf(home), Path(tmp)/"fp32.onnx")
-        to_int8_weights(graph, Path(tmp)/"int8.onnx")
-        return write_page(pack_model(Path(tmp)/"int8.onnx", home, Path(tmp)/"pack", **facts), target, runtime, budget)
+        bundle = home if (home/"bundle.json").is_file() else save_bundle(home, Path(tmp)/"bundle") # with its gate: a graph that isn't the model is not written
+        check_seal(bundle, "bundle", ["fp32.onnx", "tokenizer.json"], "make the bundle again")
+        to_int8_weights(bundle/"fp32.onnx", Path(tmp)/"int8.onnx")
+        return write_page(pack_model(Path(tmp)/"int8.onnx", bundle, Path(tmp)/"pack", **facts), target, runtime, budget)
