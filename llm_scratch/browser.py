@@ -352,7 +352,7 @@ PAGE_CSS = """.talk { max-width: 46rem; }
 .talk-dials output { float: right; font-variant-numeric: tabular-nums; font-weight: 400; }
 .talk-row { display: flex; flex-wrap: wrap; gap: .5rem; align-items: center; margin: .6rem 0 0; }
 .talk button { font: inherit; cursor: pointer; border-radius: .3rem; padding: .4rem .9rem; border: 1px solid var(--color-brand-primary); color: var(--color-brand-primary); background: var(--color-background-primary); }
-.talk button.main { color: var(--color-background-primary); background: var(--color-brand-primary); font-weight: 600; }
+.talk button.first { color: var(--color-background-primary); background: var(--color-brand-primary); font-weight: 600; }
 .talk button.pick { padding: .15rem .6rem; font-size: .9rem; border-color: var(--color-foreground-muted); color: var(--color-foreground-primary); }
 .talk button:disabled { opacity: .55; cursor: default; }
 .talk [hidden] { display: none; }
@@ -388,7 +388,7 @@ def page_piece(
 <textarea id="talk-prompt" rows="3" maxlength="4000" spellcheck="false" aria-describedby="talk-hint">{escape(facts["prompts"][0])}</textarea>
 <div class="talk-row" role="group" aria-label="Examples">{picks}</div>
 <div class="talk-dials">{dial("temperature", "Temperature", 0, 1.5)}{dial("topp", "Top-p", .05, 1)}<label for="talk-seed">Seed<br><input type="number" id="talk-seed" min="0" max="4294967295" step="1" value="{at["seed"]:.0f}" inputmode="numeric"></label></div>
-<div class="talk-row"><button type="button" class="main" id="talk-load">Load the model ({n_bytes/1e6:.1f} MB)</button><button type="submit" class="main" id="talk-write" hidden>Write</button><button type="button" id="talk-again" hidden>Another one</button><button type="button" id="talk-stop" hidden>Stop</button></div>
+<div class="talk-row"><button type="button" class="first" id="talk-load">Load the model ({n_bytes/1e6:.1f} MB)</button><button type="submit" class="first" id="talk-write" hidden>Write</button><button type="button" id="talk-again" hidden>Another one</button><button type="button" id="talk-stop" hidden>Stop</button></div>
 </form>
 <progress id="talk-progress" max="1" value="0" aria-label="Loading the model" hidden></progress>
 <p class="talk-status" id="talk-status" role="status">Nothing is loaded yet.</p>
