@@ -80,7 +80,7 @@ from .privacy import RedactPII
 from .rates import cosine, linear
 from .report import compare_runs, cost_figure, html_page, html_table, item_rows, language_rows, loss_figure, nats_of_docs, reliability_figure, report_row, speed_gates, speed_rows, svg_of, task_figure, task_rows, text_tasks, writing_rows
 from .safety import Section, Subject, assistant_subject, competence, endpoint_subject, model_subject
-from .server import Limits, Served, ask_server, make_app, read_keys, run_server
+from .server import Limits, Served, ask_server, log_requests, make_app, read_keys, run_server
 from .serving import BatchEngine
 from .sources import Stage, open_streams
 from .stability import compile_auto, explained
@@ -1541,11 +1541,7 @@ def _serve_verb(
     "Serve a model as an OpenAI-compatible API and a page to chat on; SIGTERM finishes what is running, SIGHUP opens the model again. Every option has an environment variable."
     locks = read_keys(keys, api_keys)
     torch.set_num_threads(threads)
-    log,handler = logging.getLogger("llm_scratch.server"),logging.StreamHandler()
-    handler.setFormatter(logging.Formatter("%(message)s")) # lines of JSON
-    log.addHandler(handler)
-    log.setLevel(logging.INFO)
-    log.propagate = False
+    log_requests()
     reopen = partial(open_served, folder, tuned, name=name, slots=slots, waiting=waiting, guard=guard)
     app = make_app(reopen(), Limits(max_tokens=max_tokens, seconds=seconds, body_bytes=body_bytes), keys=locks, origins=origin or (), feedback=feedback, log_text=log_text, reopen=reopen)
     run_server(app, host, port, grace, say=partial(print, flush=True))

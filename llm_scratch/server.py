@@ -6,10 +6,12 @@
 __all__ = ['SSE_DONE', 'HOLDS', 'SERVER_METRICS', 'CHAT_SHAPE', 'TEXT_SHAPE', 'sse_line', 'held_back', 'hold_for', 'Delta',
            'Voice', 'ApiError', 'error_body', 'Served', 'Limits', 'unsupported', 'Question', 'understand_chat',
            'understand_text', 'ServerMetrics', 'chat_logprobs', 'text_logprobs', 'Shape', 'read_keys', 'opens',
-           'save_feedback', 'probe', 'make_app', 'chat_page', 'run_server', 'background_server', 'ask_server']
+           'save_feedback', 'probe', 'make_app', 'chat_page', 'run_server', 'background_server', 'log_requests',
+           'ask_server']
 
 # %% ../nbs/10c_server.ipynb #10c004
 import asyncio
+import base64
 import codecs
 import hashlib
 import hmac
@@ -94,9 +96,9 @@ class Voice:
             if piece.id is not None: self.text += self._decoder.decode(self.tok.token_bytes[piece.id])
             self.waiting.append((len(self.text), piece))
         if done: self.text += self._decoder.decode(b"", final=True)
-        cut = min((at for s in self.stops if (at := self.text.find(s, self.sent)) >= 0), default=None)
-        if cut is not None: self.text,done = self.text[:cut],True
-        self.finish = "stop" if cut is not None else piece.finish
+        ends = [(at+len(s), at) for s in self.stops if (at := self.text.find(s, self.sent)) >= 0]
+        if ends: self.text,done = self.text[:min(ends)[1]],True # of several the one that was complete first, however the text was cut into tokens
+        self.finish = "stop" if ends else piece.finish
         return self._release(len(self.text) if done else len(self.text)-held_back(self.text, self.stops), done)
 
 # %% ../nbs/10c_server.ipynb #10c026
@@ -566,7 +568,7 @@ def read_keys(
     listed:str="", # keys with commas or blanks between, as an environment variable has them
 )->tuple[str, ...]: # none: everybody may ask
     "The keys that open a server; `UserError` for one that can be guessed."
-    try: lines = Path(path).understand_text(encoding="utf-8").splitlines() if path else []
+    try: lines = Path(path).read_text(encoding="utf-8").splitlines() if path else []
     except (OSError, UnicodeDecodeError) as e: raise UserError(f"the keys in {path} can't be read ({e}): give a text file with one key in each line") from None
     keys = [k for line in lines if (k := line.partition("#")[0].strip())] + re.split(r"[,\s]+", listed.strip()) if listed.strip() else [k for line in lines if (k := line.partition("#")[0].strip())]
     if path and not keys: raise UserError(f"{path} has no key in it: write one into it, such as python -c 'import secrets; print(secrets.token_urlsafe())' makes, or leave the option out")
@@ -583,6 +585,19 @@ def opens(
     for k in keys:
         if hmac.compare_digest(hashlib.sha256(k.encode()).digest(), digest): found = hashlib.sha256(b"name"+digest).hexdigest()[:12]
     return found
+
+# %% ../nbs/10c_server.ipynb #10c091
+def _may(state:"_State", scope:dict)->str: # who asks, for logs and fairness
+    "`ApiError` unless somebody may ask."
+    headers = {k.decode("latin-1"):v.decode("latin-1") for k,v in scope["headers"]}
+    origin,client = headers.get("origin"),scope.get("client")
+    if origin and scope["method"] == "POST" and origin not in state.origins and origin.partition("://")[2] != headers.get("host"): raise ApiError(403, "pages of other addresses may not ask this server: start it with --origin", "wrong_origin")
+    if not state.keys: return client[0] if client else ""
+    scheme,_,given = headers.get("authorization", "").partition(" ")
+    refuse = partial(ApiError, 401, code="invalid_api_key", headers={"WWW-Authenticate":"Bearer"})
+    if scheme.lower() != "bearer" or not given: raise refuse("this server wants an API key: send it as Authorization: Bearer KEY")
+    if not (name := opens(state.keys, given.strip())): raise refuse("this API key is not known here")
+    return name
 
 # %% ../nbs/10c_server.ipynb #10c092
 class _Gone(Exception):
@@ -630,6 +645,7 @@ class _Door:
             await send(message)
         try:
             try:
+                if scope["path"].startswith(("/v1/", "/admin/")) and scope["method"] != "OPTIONS": row["client"] = _may(self.state, scope) # before anything is read
                 try: body = await asyncio.wait_for(self._body(receive), self.state.limits.body_seconds)
                 except asyncio.TimeoutError: raise ApiError(408, f"the request was not complete after {self.state.limits.body_seconds:g} seconds", "request_timeout", headers={"connection":"close"}) from None
                 sent = []
@@ -751,19 +767,10 @@ def _errors(app:"fastapi.FastAPI")->None:
     for kind,does in ((ApiError, ours), (Busy, busy), (Closed, closed), (UserError, mistaken), (HTTPException, http), (RequestValidationError, invalid)): app.add_exception_handler(kind, does)
 
 # %% ../nbs/10c_server.ipynb #10c104
-def _may(state:_State, request:"starlette.requests.Request")->str: # who asks, for logs and fairness
-    "`ApiError` unless somebody may ask."
-    origin,host = request.headers.get("origin"),request.headers.get("host", "")
-    if origin and request.method == "POST" and origin not in state.origins and origin.partition("://")[2] != host: raise ApiError(403, "pages of other addresses may not ask this server: start it with --origin", "wrong_origin")
-    if not state.keys: return request.client.host if request.client else ""
-    scheme,_,given = request.headers.get("authorization", "").partition(" ")
-    if scheme.lower() != "bearer" or not given: raise ApiError(401, "this server wants an API key: send it as Authorization: Bearer KEY", "invalid_api_key", headers={"WWW-Authenticate":"Bearer"})
-    if not (name := opens(state.keys, given.strip())): raise ApiError(401, "this API key is not known here", "invalid_api_key", headers={"WWW-Authenticate":"Bearer"})
-    return name
-
 async def _answer(state:_State, request:"starlette.requests.Request", body:object, read:Callable, shape:Shape)->object: # a response
     "One question, from the door to the door."
-    who,row = _may(state, request),request.state.row
+    row = request.state.row
+    who = row["client"]
     if state.draining: raise ApiError(503, "this server is about to end: ask another one", "draining", headers={"Retry-After":"1", "connection":"close"})
     served = state.served
     if body.model and body.model != served.name: raise ApiError(404, f"there is no model {ascii(body.model)} here: ask for {served.name}", "model_not_found", "model")
@@ -771,7 +778,7 @@ async def _answer(state:_State, request:"starlette.requests.Request", body:objec
     question = await asyncio.to_thread(read, body, served, state.limits, who, served.guard and _Counting(served.guard, state.metrics))
     if state.served is not served: return await _answer(state, request, body, read, shape) # another model has come meanwhile, with ids of its own
     answering = _Answering(state, question)
-    row |= dict(client=who, stream=question.stream, n_prompt=sum(map(len, question.prompts)))
+    row |= dict(stream=question.stream, n_prompt=sum(map(len, question.prompts)))
     if state.log_text: row["asked"] = body.model_dump(include={"messages", "prompt"})
     about = dict(id=f"{shape.prefix}-{row['id']}", created=int(time.time()), model=served.name)
     return await _respond(answering, request, shape, about)
@@ -816,9 +823,8 @@ def _answer_routes(app:"fastapi.FastAPI", state:_State)->None:
         "Continue a text."
         return await _answer(state, request, body, understand_text, TEXT_SHAPE)
     @app.post("/v1/feedback", responses=wrong)
-    async def rate(body:Feedback, request:Request)->dict:
+    async def rate(body:Feedback)->dict:
         "Say whether an answer was good."
-        _may(state, request)
         if state.feedback is None: raise ApiError(404, "this server keeps no feedback", "no_feedback")
         kept = body.model_dump(exclude_none=True) if body.consent else body.model_dump(include={"id", "rating"})
         row = dict(time=round(time.time(), 3), model=state.served.name) | kept
@@ -830,24 +836,20 @@ def _answer_routes(app:"fastapi.FastAPI", state:_State)->None:
 # %% ../nbs/10c_server.ipynb #10c110
 def _model_routes(app:"fastapi.FastAPI", state:_State)->None:
     "Which model is here."
-    from starlette.requests import Request
     card = lambda: dict(id=state.served.name, object="model", created=state.started, owned_by="llm_scratch")
     @app.get("/v1/models")
-    async def models(request:Request)->dict:
+    async def models()->dict:
         "All models: the one."
-        _may(state, request)
         return dict(object="list", data=[card()])
     @app.get("/v1/models/{name:path}", responses={404:dict(model=_shapes()["error"])})
-    async def model(name:str, request:Request)->dict:
+    async def model(name:str)->dict:
         "One model."
-        _may(state, request)
         if name != state.served.name: raise ApiError(404, f"there is no model {ascii(name)} here: ask for {state.served.name}", "model_not_found", "model")
         return card()
 
 # %% ../nbs/10c_server.ipynb #10c112
 def _operator_routes(app:"fastapi.FastAPI", state:_State)->None:
     "What operators and their machines ask, and the page for people."
-    from starlette.requests import Request
     from starlette.responses import HTMLResponse, JSONResponse, Response
     @app.get("/healthz")
     async def alive()->dict:
@@ -864,15 +866,190 @@ def _operator_routes(app:"fastapi.FastAPI", state:_State)->None:
         state.metrics("draining").set(state.draining)
         return Response(state.metrics.text(state.served.engine.stats()), media_type="text/plain; version=0.0.4; charset=utf-8")
     @app.post("/admin/reload", responses={n:dict(model=_shapes()["error"]) for n in (400, 401, 403, 404, 409)})
-    async def reload(request:Request)->dict:
+    async def reload()->dict:
         "Open the model again."
-        _may(state, request)
         return await _reload(state)
     @app.get("/", response_class=HTMLResponse)
     async def page()->HTMLResponse:
         "A page to talk on."
-        html,policy = chat_page(state.served.name, is_chat=state.served.template is not None, feedback=state.feedback is not None, wants_key=bool(state.keys))
+        html,policy = chat_page(state.served.name, is_chat=state.served.template is not None, feedback=state.feedback is not None, wants_key=bool(state.keys), max_tokens=max(1, min(state.limits.max_tokens, state.served.context_len//2)))
         return HTMLResponse(html, headers={"content-security-policy":policy, "x-content-type-options":"nosniff", "referrer-policy":"no-referrer"})
+
+# %% ../nbs/10c_server.ipynb #10c120
+_STYLE = """
+:root { color-scheme: light dark; --ground: #fcfcfa; --ink: #1d2226; --soft: #59626b; --line: #848d95; --mine: #e6eef7; --key: #0b57a4; --wrong: #a4161a; }
+@media (prefers-color-scheme: dark) { :root { --ground: #15191d; --ink: #e6e9ec; --soft: #a5afb8; --line: #77818a; --mine: #23303e; --key: #8cc2ff; --wrong: #ff9a94; } }
+* { box-sizing: border-box; }
+body { margin: 0; min-height: 100dvh; display: flex; flex-direction: column; background: var(--ground); color: var(--ink); font: 1rem/1.5 system-ui, sans-serif; }
+header, main, form { width: 100%; max-width: 46rem; margin: 0 auto; padding: .75rem 1rem; }
+header { display: flex; flex-wrap: wrap; gap: .5rem 1rem; align-items: center; border-bottom: 1px solid var(--line); }
+h1 { font-size: 1.1rem; margin: 0; flex: 1; overflow-wrap: anywhere; }
+main { flex: 1; }
+ol { list-style: none; margin: 0; padding: 0; }
+li { margin: 0 0 1rem; }
+li.user { background: var(--mine); border-radius: .6rem; padding: .5rem .75rem; }
+h2 { font-size: .85rem; margin: 0; color: var(--soft); }
+li p, #hello { margin: .15rem 0; white-space: pre-wrap; overflow-wrap: anywhere; }
+#hello, #status, small, .consent { color: var(--soft); font-size: .9rem; }
+#status { min-height: 1.5em; margin: .25rem 0; }
+#status.wrong { color: var(--wrong); font-weight: 600; }
+form { position: sticky; bottom: 0; background: var(--ground); border-top: 1px solid var(--line); }
+textarea, input[type=password] { width: 100%; font: inherit; color: inherit; background: transparent; border: 1px solid var(--line); border-radius: .5rem; padding: .5rem .6rem; }
+textarea { min-height: 4.2rem; resize: vertical; }
+button { font: inherit; color: var(--key); background: transparent; border: 1px solid var(--line); border-radius: .5rem; min-height: 2.75rem; min-width: 2.75rem; padding: .25rem .8rem; cursor: pointer; }
+button[aria-pressed=true], button.main { background: var(--key); color: var(--ground); border-color: var(--key); }
+button:disabled { opacity: .5; cursor: default; }
+:focus-visible { outline: 3px solid var(--key); outline-offset: 2px; }
+.row { display: flex; flex-wrap: wrap; gap: .5rem; margin-top: .5rem; align-items: center; }
+.consent { display: flex; gap: .5rem; align-items: start; margin-top: .5rem; }
+.consent input { margin-top: .3rem; inline-size: 1.2rem; block-size: 1.2rem; flex: none; }
+label { display: block; margin-top: .25rem; }
+#hello { margin-bottom: .75rem; }
+svg { inline-size: 1.1em; block-size: 1.1em; fill: currentColor; vertical-align: -.15em; margin-right: .4em; }
+.down svg { transform: rotate(180deg); }
+[hidden] { display: none !important; }
+@media (max-width: 40rem), (max-height: 40rem) { form { position: static; } }
+"""
+
+# %% ../nbs/10c_server.ipynb #10c122
+_BODY = """<header><h1>{name}</h1><button type="button" id="fresh">{fresh}</button></header>
+<main><p id="hello">{hello}</p><ol id="log" role="log" aria-label="{log}"></ol></main>
+<form id="form">
+{key}<label for="text">{label}</label>
+<textarea id="text" required maxlength="20000" aria-describedby="how"></textarea>
+<small id="how">Enter sends, Shift and Enter begin a new line, Escape stops an answer.</small>
+<div class="row"><button class="main" id="send">Send</button><button type="button" id="stop" hidden>Stop</button></div>
+{consent}<p id="status" role="status"></p>
+</form>
+<template id="thumb"><svg viewBox="0 0 24 24" aria-hidden="true"><path d="M2 10h4v11H2zM8 21V10l5-8c1.6 0 2.3 1.3 1.9 2.8L14 9h6c1.2 0 2 1 1.7 2.2l-2 8.2c-.3 1-1.1 1.6-2.2 1.6z"/></svg></template>
+<noscript>This page needs JavaScript; it asks no other server than this one.</noscript>"""
+_KEY = """<label for="key">API key of this server (it is forgotten when you close the page)</label><input id="key" type="password" autocomplete="off">
+"""
+_CONSENT = """<label class="consent"><input type="checkbox" id="consent"><span>Keep what I wrote and what was answered with my ratings, so that people can read it and the model can learn from it. Without the tick only the rating is kept. Do not tick it for anything private.</span></label>
+"""
+
+# %% ../nbs/10c_server.ipynb #10c124
+_SCRIPT = """'use strict';
+const $ = id => document.getElementById(id), page = document.body.dataset, chats = page.chat === 'yes';
+let running = null, talk = []; // what stops an answer that is being written; the dialogue
+
+const say = (text, wrong = false) => { $('status').textContent = text; $('status').className = wrong ? 'wrong' : ''; };
+const make = (tag, text = '', more = {}) => Object.assign(document.createElement(tag), { textContent: text }, more);
+const headers = () => ({ 'content-type': 'application/json', ...($('key')?.value ? { authorization: 'Bearer ' + $('key').value } : {}) });
+const post = (path, body, signal) => fetch(path, { method: 'POST', headers: headers(), body: JSON.stringify(body), signal });
+const reason = async got => (await got.json().catch(() => null))?.error ?? { message: 'The server gave status ' + got.status + '.' };
+
+function turn(role, text) { // a message on the page
+  const item = make('li', '', { className: role });
+  item.append(make('h2', role === 'user' ? 'You' : page.name), make('p', text));
+  $('log').append(item);
+  item.scrollIntoView({ block: 'nearest' });
+  return item;
+}
+
+async function* events(got) { // what stands behind data:
+  const reader = got.body.pipeThrough(new TextDecoderStream()).getReader();
+  for (let rest = ''; ;) {
+    const { done, value } = await reader.read();
+    if (done) throw Error('The connection broke off.');
+    rest += value;
+    for (let at; (at = rest.indexOf('\\n\\n')) >= 0; rest = rest.slice(at + 2)) {
+      const line = rest.slice(0, at).replace(/^data: /, '');
+      if (line === '[DONE]') return;
+      const event = JSON.parse(line);
+      if (event.error) throw Error(event.error.message);
+      yield event;
+    }
+  }
+}
+"""
+
+# %% ../nbs/10c_server.ipynb #10c126
+_SCRIPT += """
+async function send(signal) { // the dialogue, shorter when it has grown too long
+  for (let gone = 0; ; gone += 2) {
+    const body = { ...(chats ? { messages: talk.slice(gone) } : { prompt: talk.at(-1).content }), max_tokens: Number(page.tokens) };
+    const got = await post(chats ? 'v1/chat/completions' : 'v1/completions', { ...body, temperature: .7, stream: true }, signal);
+    if (got.ok) return [got, gone && ' The dialogue is long: its oldest ' + gone + ' messages were not shown to the model.'];
+    const error = await reason(got);
+    if (error.code !== 'context_length_exceeded' || !chats || gone + 2 >= talk.length) throw Error(error.message);
+  }
+}
+
+async function answer() {
+  const item = turn('assistant', ''), place = item.querySelector('p'), asked = talk.slice(), mine = talk;
+  let id = '', said = '', why = 'Done.', wrong = false;
+  running = new AbortController();
+  busy(true);
+  say('Writing …');
+  try {
+    const [got, note] = await send(running.signal);
+    for await (const event of events(got)) {
+      id = event.id;
+      const choice = event.choices[0];
+      place.textContent = said += choice?.delta?.content ?? choice?.text ?? '';
+      if (choice?.finish_reason === 'length') why = 'The answer has reached its longest length.';
+      if (choice?.finish_reason === 'content_filter') why = 'The guard of this server has stepped in.';
+      item.scrollIntoView({ block: 'end' });
+    }
+    if (note) why += note;
+  } catch (e) { wrong = e.name !== 'AbortError'; why = wrong ? e.message : 'Stopped.'; }
+  running = null;
+  busy(false);
+  if (mine !== talk) return; // a new dialogue has begun meanwhile
+  say(why, wrong);
+  if (said.trim()) { talk.push({ role: 'assistant', content: said }); tools(item, id, asked, said); }
+  else { item.remove(); retract(); }
+  if (matchMedia('(pointer: fine)').matches) $('text').focus({ preventScroll: true }); // elsewhere a keyboard would cover the answer
+}
+"""
+
+# %% ../nbs/10c_server.ipynb #10c128
+_SCRIPT += """
+function retract() { // nothing was answered: the question goes back into its field
+  const last = talk.pop();
+  $('log').lastElementChild?.remove();
+  if (last && !$('text').value) $('text').value = last.content;
+}
+
+function busy(yes) {
+  $('log').setAttribute('aria-busy', yes);
+  $('send').disabled = yes;
+  $('stop').hidden = !yes;
+  for (const b of document.querySelectorAll('.again')) b.remove();
+}
+
+function tools(item, id, messages, said) { // what can be done with an answer
+  const row = item.appendChild(make('div', '', { className: 'row' }));
+  row.append(make('button', 'Regenerate', { type: 'button', className: 'again', onclick() { talk.pop(); item.remove(); answer(); } }));
+  if (page.feedback === 'yes') for (const [rating, label] of [['up', 'Good'], ['down', 'Bad']]) {
+    const button = make('button', label, { type: 'button', className: rating, async onclick() {
+      const consent = $('consent').checked, got = await post('v1/feedback', { id, rating, consent, ...(consent ? { messages, answer: said } : {}) }).catch(e => e);
+      if (!got.ok) return say(got.json ? (await reason(got)).message : String(got), true);
+      for (const b of row.querySelectorAll('[aria-pressed]')) b.setAttribute('aria-pressed', b === button);
+      say(consent ? 'Thank you. Your rating and the text are kept.' : 'Thank you. Your rating is kept, without the text.');
+    } });
+    button.prepend($('thumb').content.cloneNode(true));
+    button.setAttribute('aria-pressed', 'false');
+    row.append(button);
+  }
+}
+
+$('form').onsubmit = e => {
+  e.preventDefault();
+  const text = $('text').value.trim();
+  if (running || !text) return;
+  if (!chats) talk = [];
+  talk.push({ role: 'user', content: chats ? text : $('text').value });
+  turn('user', text);
+  $('text').value = '';
+  answer();
+};
+$('text').onkeydown = e => { if (e.key === 'Enter' && !e.shiftKey && !e.isComposing) { e.preventDefault(); $('form').requestSubmit(); } };
+document.onkeydown = e => { if (e.key === 'Escape') running?.abort(); };
+$('stop').onclick = () => running?.abort();
+$('fresh').onclick = () => { running?.abort(); talk = []; $('log').replaceChildren(); say('A new beginning.'); $('text').focus(); };
+"""
 
 # %% ../nbs/10c_server.ipynb #10c130
 def chat_page(
@@ -881,9 +1058,16 @@ def chat_page(
     is_chat:bool=True, # whether it answers, or continues texts
     feedback:bool=False, # whether thumbs are shown
     wants_key:bool=False, # whether the server asks for an API key
+    max_tokens:int=128, # of an answer
 )->tuple[str, str]: # HTML, and the policy that keeps it from asking anybody else
     "A page to talk on, in one file."
-    return f"<!doctype html><title>{escape(name)}</title>","default-src 'none'"
+    words = ("New dialogue", "Ask, and the model answers.", "Dialogue", "Your message") if is_chat else ("Clear", "This model was not made for dialogues: begin a text, and it continues.", "Texts", "How the text begins")
+    body = _BODY.format(name=escape(name), **dict(zip(("fresh", "hello", "log", "label"), words)), key=_KEY if wants_key else "", consent=_CONSENT if feedback else "")
+    yes = lambda x: "yes" if x else "no"
+    html = f"""<!doctype html><html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1"><title>{escape(name)}</title><link rel="icon" href="data:,"><style>{_STYLE}</style></head>
+<body data-name="{escape(name)}" data-chat="{yes(is_chat)}" data-feedback="{yes(feedback)}" data-tokens="{max_tokens}">{body}<script>{_SCRIPT}</script></body></html>"""
+    known = lambda text: "'sha256-" + base64.b64encode(hashlib.sha256(text.encode("utf-8")).digest()).decode() + "'"
+    return html, f"default-src 'none'; script-src {known(_SCRIPT)}; style-src {known(_STYLE)}; connect-src 'self'; img-src data:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
 
 # %% ../nbs/10c_server.ipynb #10c150
 @cache
@@ -968,6 +1152,26 @@ def background_server(
     finally:
         server.should_exit = server.force_exit = True
         thread.join(20)
+
+# %% ../nbs/10c_server.ipynb #10c153
+class _JsonLine(logging.Formatter):
+    "Everything that is logged, as one line of JSON each."
+    def format(self, record:logging.LogRecord)->str:
+        text = record.getMessage()
+        row = {} if text.startswith("{") else dict(time=round(record.created, 3), level=record.levelname, event=text)
+        if record.exc_info: row["trace"] = self.formatException(record.exc_info)
+        return text if not row else json.dumps(row)
+
+def log_requests(
+    stream:object=None, # a file; None: standard error
+)->None:
+    "Write the log of the server, and what its parts complain about, as lines of JSON."
+    handler = logging.StreamHandler(stream)
+    handler.setFormatter(_JsonLine())
+    for name,level in (("llm_scratch.server", logging.INFO), ("llm_scratch.serving", logging.WARNING), ("uvicorn.error", logging.WARNING)):
+        log = logging.getLogger(name)
+        log.handlers,log.propagate = [handler],False
+        log.setLevel(level)
 
 # %% ../nbs/10c_server.ipynb #10c160
 def _events_of(lines:Iterator[str], url:str)->Iterator[dict]: # what stands behind `data:`
