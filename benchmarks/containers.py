@@ -1,8 +1,8 @@
 """What the two images of chapter 10f weigh, layer by layer, whether they start, answer and stop, and what they need.
 
-    python benchmarks/containers.py MODEL BUNDLE                 an hour at most; root, and the Debian packages that tests/machine.sh names
+    python benchmarks/containers.py MODEL BUNDLE                 an half an hour; root, and the Debian packages that tests/machine.sh names
     python benchmarks/containers.py MODEL BUNDLE --cache FOLDER  keeps wheels and the base there
-    python benchmarks/containers.py - BUNDLE                     the slim image alone
+    python benchmarks/containers.py MODEL BUNDLE --only slim     one of the two again; the other's row stays as it was
 
 MODEL is a folder in the Hugging Face layout, BUNDLE one with an ONNX graph of chapter 10 and its tokenizer. Chapter 10f reads the record nbs/containers.json.
 """
@@ -21,7 +21,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT)) # this checkout, whichever is installed
 from llm_scratch.containers import (SERVING, SLIM, build_context, build_image, check_sbom, debian_base, image_layers, import_base, make_sbom, read_lock, wait_ready, wheelhouse,  # noqa: E402
                                     free_port, start_container, unpacked_bytes, workshop)
-from llm_scratch.core import write_json  # noqa: E402
+from llm_scratch.core import read_json, write_json  # noqa: E402
 
 MB = 1e6
 
@@ -50,15 +50,14 @@ def packages(wheels:Path)->dict:
         for i in zipfile.ZipFile(path).infolist(): torch["/".join(i.filename.split("/")[:2]) if i.filename.startswith("torch/") else "rest"] += i.file_size/MB
     return dict(wheels_mb=sizes, torch_mb=dict(torch.most_common(8)))
 
-def measure(shop, plan, wheels:Path, model:Path, again:bool)->dict:
+def measure(shop, plan, wheels:Path, model:Path)->dict:
     clock, name = Clock(), f"localhost/llm-{'slim' if plan.app else 'serve'}:1"
     row = dict(title=plan.title, **packages(wheels))
     with tempfile.TemporaryDirectory(dir=shop.root) as tmp:
         context = build_context(plan, wheels, model, Path(tmp)/"context", app=ROOT/"deploy"/"container"/plan.app if plan.app else None)
         clock()
-        image = build_image(shop, context, name, base="localhost/base:bookworm")
+        build_image(shop, context, name, base="localhost/base:bookworm")
         row["build"] = clock()
-        if again: row["same_id_again"] = build_image(shop, context, name.replace(":1", ":2"), "--no-cache", base="localhost/base:bookworm") == image
         port = free_port()
         clock()
         container = start_container(shop, name, env=dict(LLM_SCRATCH_HOST="127.0.0.1", LLM_SCRATCH_PORT=str(port)), memory="1g")
@@ -79,10 +78,10 @@ def measure(shop, plan, wheels:Path, model:Path, again:bool)->dict:
 
 def main()->None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("model", help="folder in the Hugging Face layout, or - for the slim image alone")
+    parser.add_argument("model", type=Path, help="folder in the Hugging Face layout")
     parser.add_argument("bundle", type=Path, help="folder with an ONNX graph and tokenizer.json")
     parser.add_argument("--cache", type=Path, help="folder for wheels and the base; a temporary one else")
-    parser.add_argument("--again", action="store_true", help="build the slim image twice and compare")
+    parser.add_argument("--only", choices=("serve", "slim"), help="one image")
     parser.add_argument("--out", type=Path, default=ROOT/"nbs"/"containers.json")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as tmp, workshop() as shop:
@@ -90,12 +89,14 @@ def main()->None:
         cache.mkdir(parents=True, exist_ok=True)
         if not (cache/"base.tar").exists(): debian_base(cache/"base.tar")
         import_base(shop, cache/"base.tar")
-        record = dict(everything_mb=unpacked_bytes(["llm_scratch"])/MB, images={})
-        for plan, model in [(SLIM, args.bundle), *([(SERVING, Path(args.model))] if args.model != "-" else [])]:
-            wheels = cache/("wheels-slim" if plan.app else "wheels-serve")
+        record = read_json(args.out) if args.only and args.out.exists() else dict(images={})
+        record["everything_mb"] = unpacked_bytes(["llm_scratch"])/MB
+        for name, plan, model in [("serve", SERVING, args.model), ("slim", SLIM, args.bundle)]:
+            if args.only not in (None, name): continue
+            wheels = cache/f"wheels-{name}"
             if not wheels.exists(): wheelhouse(plan, ROOT, wheels)
-            record["images"]["slim" if plan.app else "serve"] = row = measure(shop, plan, wheels, model, args.again and bool(plan.app))
+            record["images"][name] = row = measure(shop, plan, wheels, model)
             print(json.dumps({k:v for k, v in row.items() if k not in ("wheels_mb", "torch_mb")}, indent=1), flush=True)
-    write_json(args.out, record)
+            write_json(args.out, record)
 
 if __name__ == "__main__": main()

@@ -575,12 +575,14 @@ def wait_ready(
     return ask
 
 # %% ../nbs/10f_containers.ipynb #10f034
+_HEAD = re.compile(r"-packages/[^/]+\.dist-info/METADATA$") # one level: setuptools carries others' packages within
+
 def python_parts(
     layout:str|Path, # folder in the OCI layout
 )->list[dict]: # name, version and licence as declared (None: it says nothing), by name
     "The Python packages in an image: each has left a file METADATA, which is the head of an e-mail."
     out = []
-    for text in read_in_image(layout, lambda path: path.endswith(".dist-info/METADATA")).values():
+    for text in read_in_image(layout, _HEAD.search).values():
         head = BytesHeaderParser().parsebytes(text)
         kinds = [c for c in head.get_all("Classifier", []) if c.startswith("License ::") and c != "License :: OSI Approved"]
         declared = head.get("License-Expression") or next(iter(kinds), None) or head.get("License")
@@ -597,7 +599,7 @@ def debian_parts(
 
 # %% ../nbs/10f_containers.ipynb #10f037
 def _by_cyclonedx(layout:str|Path)->dict: # a CycloneDX document of the Python packages
-    heads = read_in_image(layout, lambda path: path.endswith(".dist-info/METADATA"))
+    heads = read_in_image(layout, _HEAD.search)
     with tempfile.TemporaryDirectory() as tmp:
         subprocess.run([sys.executable, "-m", "venv", "--without-pip", f"{tmp}/venv"], check=True)
         site = next(Path(tmp, "venv").glob("[Ll]ib/**/site-packages"))

@@ -95,8 +95,9 @@ class Handler(BaseHTTPRequestHandler):
         if not number(n, int, 1, 4096): raise Refused(400, "max_tokens is not a whole number from 1 to 4096")
         if not number(temperature, (int, float), 0, 2): raise Refused(400, "temperature is not a number from 0 to 2")
         if not number(seed, int, 0, 2**63): raise Refused(400, "seed is not a whole number from 0 on")
-        try: ids = s.tokenizer.encode(prompt, add_special_tokens=False).ids or [s.stop_id or 0]
+        try: prompt.encode("utf-8")
         except UnicodeEncodeError: raise Refused(400, "prompt holds half of a surrogate pair: it is no text") from None
+        ids = s.tokenizer.encode(prompt, add_special_tokens=False).ids or [s.stop_id or 0]
         if len(ids) >= s.graph.context_len: raise Refused(400, f"{len(ids)} tokens leave no room within {s.graph.context_len}")
         with s.turn: new = list(s.graph.write(ids, n, temperature, seed, s.stop_id))
         full = len(new) == min(n, s.graph.context_len-len(ids))
