@@ -48,7 +48,7 @@ class Scripted:
         try:
             for n,i in enumerate(self.answer(ticket.job), 1):
                 time.sleep(self.delay)
-                if ticket._is_cancelled: return ticket._say(TextPiece(None, finish="cancelled"))
+                if ticket._is_cancelled or self.is_closed: return ticket._say(TextPiece(None, finish="cancelled"))
                 if i == -1: return ticket._say(TextPiece(None, finish="error"))
                 finish = "stop" if (i,) in ticket.job.stops else "length" if n == ticket.job.max_new_tokens else None
                 ticket._say(TextPiece(i, -1., ((i, -1.), (0, -2.))[:ticket.job.n_logprobs], finish))

@@ -531,6 +531,18 @@ def test_a_reload_under_load_loses_no_request():
     made[1].engine.close(drain=False)
 
 
+def test_an_old_engine_is_closed_when_its_last_reader_has_left():
+    "Also one that breaks off what is running when it is closed."
+    old,new = scripted_served("word "*10, delay=.02),scripted_served("new")
+    with background_server(make_app(old, reopen=lambda: new)) as url, ThreadPoolExecutor() as pool:
+        running = [pool.submit(post, url, stream=s) for s in (True, False)]
+        until(lambda: old.engine.running == 2)
+        assert httpx.post(f"{url}/admin/reload", timeout=20).status_code == 200 and not old.engine.is_closed
+        assert post(url).json()["choices"][0]["message"]["content"] == "new"
+        assert running[0].result().text.endswith(SSE_DONE) and running[1].result().json()["choices"][0]["message"]["content"] == "word "*10
+        until(lambda: old.engine.is_closed)
+
+
 def damaged():
     served = tiny_served()
     with torch.no_grad(): served.engine.model.embed_tokens.weight.fill_(torch.nan)
@@ -638,8 +650,17 @@ def test_the_verbs_serve_and_chat(home, tmp_path):
     assert any(r.get("event") == "reloaded" for r in rows) and any(r.get("route") == "/v1/chat/completions" for r in rows)
 
 
+@pytest.fixture
+def own_log():
+    "What the verb does to the log is undone."
+    logs = [logging.getLogger(n) for n in ("llm_scratch.server", "llm_scratch.serving", "uvicorn.error")]
+    before = [(log.handlers, log.propagate, log.level) for log in logs]
+    yield
+    for log,(log.handlers,log.propagate,level) in zip(logs, before): log.setLevel(level)
+
+
 @pytest.mark.parametrize("more, says", [(["nowhere"], "nowhere"), (["HOME", "--guard", "nothing"], "nothing is missing"), (["HOME", "--keys", "nothing"], "can't be read"), (["HOME", "--port", "TAKEN"], "can't listen")])
-def test_what_a_user_can_put_right_is_one_line(home, more, says, url, tmp_path):
+def test_what_a_user_can_put_right_is_one_line(home, more, says, url, tmp_path, own_log):
     args = [str(home) if a == "HOME" else url.rsplit(":", 1)[1] if a == "TAKEN" else str(tmp_path/a) if a == "nothing" else a for a in more]
     got = typer.testing.CliRunner().invoke(cli, ["serve", *args, *([] if "--port" in args else ["--port", "0"])])
     assert got.exit_code == 2 and says in got.output and "Traceback" not in got.output

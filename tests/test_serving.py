@@ -398,7 +398,9 @@ def test_a_failing_pass_fails_the_guilty_only(model):
         assert bad.finish == nan.finish == "error" and list(bad)[-1].id is None
         assert [t.read(WAIT) for t in good] == [alone(model, job) for job in jobs]
         assert engine.stats()["failed"] == 2 and engine.stats()["running"] == 0
-        after = engine.submit(TextJob([5, 1], 8, temperature=0))  # what the failed job had read is not reused
+        again = engine.submit(TextJob([5, 66, 7], 8))
+        with pytest.raises(RuntimeError, match="not finite after 3"): again.read(WAIT)  # what the failed job had read is not reused
+        after = engine.submit(TextJob([5, 1], 8, temperature=0))
         assert after.read(WAIT) == alone(model, after.job)
 
 
