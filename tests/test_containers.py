@@ -10,7 +10,6 @@ import socket
 import subprocess
 import sys
 import tarfile
-import threading
 import urllib.error
 import urllib.request
 from pathlib import Path
@@ -282,6 +281,13 @@ def test_the_list_is_cyclonedx_and_two_readers_agree(listed):
     assert [p["name"] for p in debian_parts(at/"image")] == ["libc6"] and sum(x.get("purl", "").startswith("pkg:deb/debian/libc6@2.36-9%2Bdeb12u10") for x in bom["components"]) == 1
 
 
+def test_what_lies_around_is_not_in_the_list(listed, tmp_path, monkeypatch):
+    (tmp_path/"stray-1.dist-info").mkdir()
+    (tmp_path/"stray-1.dist-info"/"METADATA").write_bytes(_metadata("stray", "Version: 1"))
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    assert make_sbom(listed[0]/"image", tmp_path/"sbom.json") == listed[1]
+
+
 def test_each_wrong_line_of_a_list_is_found(listed, tmp_path):
     at, bom = listed
     shutil.copytree(at/"model", tmp_path/"model")
@@ -299,10 +305,10 @@ def test_each_wrong_line_of_a_list_is_found(listed, tmp_path):
 
 # --- the smallest server ----------------------------------------------------------------------------------------------
 
-V, CONTEXT = 24, 32
+V, CONTEXT = 25, 32
 
 def counting_bundle(folder):
-    "A graph whose next id is the sum of all ids so far, which it knows through its cache alone: what is greedy can be said by hand."
+    "A graph whose next id is the sum of all ids so far, which it knows through its cache alone, of the ids that the mask shows, and of the last place: what is greedy can be said by hand."
     onnx = pytest.importorskip("onnx")
     pytest.importorskip("onnxruntime")
     from onnx import TensorProto, helper
@@ -312,12 +318,13 @@ def counting_bundle(folder):
     node, value = helper.make_node, helper.make_tensor_value_info
     constant = lambda name, data: helper.make_tensor(name, ids if data.dtype == np.int64 else floats, data.shape, data.flatten())
     nodes = [node("Cast", ["input_ids"], ["as_float"], to=floats), node("Unsqueeze", ["as_float", "axes"], ["new"]), node("Concat", ["past_key_values.0.key", "new"], ["present.0.key"], axis=2), node("Concat", ["past_key_values.0.value", "new"], ["present.0.value"], axis=2),
-        node("ReduceSum", ["present.0.key", "all_axes"], ["sum"]), node("Mod", ["sum", "vocab"], ["next"], fmod=1), node("Cast", ["next"], ["next_1111"], to=ids), node("Reshape", ["next_1111", "flat"], ["next_id"]), node("OneHot", ["next_id", "depth", "off_on"], ["row"]),
+        node("ReduceSum", ["present.0.key", "all_axes"], ["ids_sum"]), node("ReduceSum", ["attention_mask", "two_axes"], ["n_seen"]), node("ReduceMax", ["position_ids", "two_axes"], ["place"]), node("Add", ["n_seen", "place"], ["where"]), node("Cast", ["where"], ["where_float"], to=floats),
+        node("Add", ["ids_sum", "where_float"], ["sum"]), node("Mod", ["sum", "vocab"], ["next"], fmod=1), node("Cast", ["next"], ["next_1111"], to=ids), node("Reshape", ["next_1111", "flat"], ["next_id"]), node("OneHot", ["next_id", "depth", "off_on"], ["row"]),
         node("Shape", ["input_ids"], ["shape"]), node("Concat", ["shape", "depth"], ["wide"], axis=0), node("Expand", ["row", "wide"], ["logits"])]
     past = [value(f"past_key_values.0.{p}", floats, ["b", 1, "p", 1]) for p in ("key", "value")]
     outs = [value("logits", floats, ["b", "t", V]), *(value(f"present.0.{p}", floats, ["b", 1, "s", 1]) for p in ("key", "value"))]
     graph = helper.make_graph(nodes, "counting", [value("input_ids", ids, ["b", "t"]), value("attention_mask", ids, ["b", "s"]), value("position_ids", ids, ["b", "t"]), *past], outs,
-        [constant("axes", np.array([1, 3])), constant("all_axes", np.array([0, 1, 2, 3])), constant("vocab", np.array(V, np.float32)), constant("depth", np.array([V])), constant("flat", np.array([-1])), constant("off_on", np.array([0, 9], np.float32))])
+        [constant("axes", np.array([1, 3])), constant("all_axes", np.array([0, 1, 2, 3])), constant("two_axes", np.array([0, 1])), constant("vocab", np.array(V, np.float32)), constant("depth", np.array([V])), constant("flat", np.array([-1])), constant("off_on", np.array([0, 9], np.float32))])
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=9)
     helper.set_model_props(model, dict(llm_scratch=json.dumps(dict(family="Decoder", config=dict(context_len=CONTEXT, n_kv_heads=1, d_head=1)))))
     onnx.checker.check_model(model)
@@ -329,9 +336,9 @@ def counting_bundle(folder):
 
 
 def by_hand(ids, n):
-    out, ids = [], list(ids)
+    out, ids = [], [V-1, *ids] # a text begins with the id that ends one, as the models of this book have learned it
     for _ in range(n):
-        one = sum(ids) % V
+        one = (sum(ids) + len(ids) + len(ids)-1) % V
         if one == V-1: break
         out.append(f"w{one}")
         ids.append(one)
@@ -364,14 +371,14 @@ def ask(url, body, path="/v1/completions", **headers):
 
 def test_the_smallest_server_writes_what_the_graph_says(slim):
     url, _ = slim
-    for ids, n in (([1, 2], 5), ([3], 8), ([7, 7, 7], 1), ([22], 3), ([23], 4)):
+    for ids, n in (([1, 2], 5), ([3], 8), ([7, 7, 7], 1), ([22], 3), ([9], 4), ([5], 20), ([0], 3), ([], 2)):
         status, got = ask(url, dict(prompt=" ".join(f"w{i}" if i < V-1 else "<|endoftext|>" for i in ids), max_tokens=n))
         assert status == 200 and got["choices"][0]["text"] == by_hand(ids, n), ids
         n_new = len(by_hand(ids, n).split())
-        assert got["usage"] == dict(prompt_tokens=len(ids), completion_tokens=n_new, total_tokens=len(ids)+n_new) and got["choices"][0]["finish_reason"] == ("length" if n_new == n else "stop")
+        assert got["usage"] == dict(prompt_tokens=1+len(ids), completion_tokens=n_new, total_tokens=1+len(ids)+n_new) and got["choices"][0]["finish_reason"] == ("length" if n_new == n else "stop")
     hot = [ask(url, dict(prompt="w1 w2", max_tokens=9, temperature=2, seed=s))[1]["choices"][0]["text"] for s in (1, 1, 2)]
     assert hot[0] == hot[1]
-    long = ask(url, dict(prompt="w0 w0", max_tokens=4000))[1]
+    long = ask(url, dict(prompt="w1", max_tokens=4000))[1]
     assert long["usage"]["total_tokens"] == CONTEXT and long["choices"][0]["finish_reason"] == "length"
 
 
@@ -399,6 +406,19 @@ def test_paths_and_lengths(slim):
     with socket.create_connection((host, int(port)), timeout=20) as s:
         s.sendall(b"POST /v1/completions HTTP/1.1\r\nHost: x\r\n\r\n")
         assert s.recv(100).startswith(b"HTTP/1.1 411")
+
+
+def test_a_bundle_that_was_changed_is_not_served(bundle, tmp_path):
+    def started(folder, *more): return subprocess.run([sys.executable, HERE/"slim.py", folder, *more], env=os.environ | dict(LLM_SCRATCH_PORT="-1"), capture_output=True, text=True, timeout=60)
+    shutil.copytree(bundle, tmp_path/"b")
+    seal(tmp_path/"b", "bundle", ["fp32.onnx", "tokenizer.json"])
+    assert "port must be" in started(tmp_path/"b").stderr # whole: it goes on to the port, which is none
+    data = (tmp_path/"b"/"fp32.onnx").read_bytes()
+    (tmp_path/"b"/"fp32.onnx").write_bytes(data[:-1]+b"x")
+    done = started(tmp_path/"b")
+    assert done.returncode == 1 and "fp32.onnx is missing or not what manifest.json says" in done.stderr and "Traceback" not in done.stderr
+    done = started(tmp_path/"b", "int9.onnx")
+    assert done.returncode == 1 and "does not hold int9.onnx" in done.stderr
 
 
 # --- for real: root, buildah, podman, runc ----------------------------------------------------------------------------

@@ -4,6 +4,7 @@
 
 It answers GET /healthz, /readyz, /v1/models and POST /v1/completions, one request after the other. Host and port come from LLM_SCRATCH_HOST and LLM_SCRATCH_PORT, as for `llm-scratch serve`. It can't batch, stream or chat.
 """
+import hashlib
 import json
 import os
 import signal
@@ -97,7 +98,8 @@ class Handler(BaseHTTPRequestHandler):
         if not number(seed, int, 0, 2**63): raise Refused(400, "seed is not a whole number from 0 on")
         try: prompt.encode("utf-8")
         except UnicodeEncodeError: raise Refused(400, "prompt holds half of a surrogate pair: it is no text") from None
-        ids = s.tokenizer.encode(prompt, add_special_tokens=False).ids or [s.stop_id or 0]
+        ids = [*([] if s.start_id is None else [s.start_id]), *s.tokenizer.encode(prompt, add_special_tokens=False).ids]
+        if not ids: raise Refused(400, "an empty prompt, and the model has no id that begins a text")
         if len(ids) >= s.graph.context_len: raise Refused(400, f"{len(ids)} tokens leave no room within {s.graph.context_len}")
         with s.turn: new = list(s.graph.write(ids, n, temperature, seed, s.stop_id))
         full = len(new) == min(n, s.graph.context_len-len(ids))
@@ -105,18 +107,36 @@ class Handler(BaseHTTPRequestHandler):
                     usage=dict(prompt_tokens=len(ids), completion_tokens=len(new), total_tokens=len(ids)+len(new)))
 
 
+def check_bundle(folder:Path)->None:
+    "Every file is what the bundle's manifest says, where it has one."
+    manifest = folder/"manifest.json"
+    for name, digest in json.loads(manifest.read_text(encoding="utf-8"))["sha256"].items() if manifest.exists() else ():
+        if not (folder/name).is_file() or hashlib.sha256((folder/name).read_bytes()).hexdigest() != digest: sys.exit(f"{folder/name} is missing or not what manifest.json says: copy the bundle again")
+
+
+def special_ids(folder:Path, tokenizer:Tokenizer)->tuple[int|None, int|None]:
+    "The ids that begin and end a text, as the model has learned them."
+    said = folder/"generation_config.json"
+    ids = json.loads(said.read_text(encoding="utf-8")) if said.exists() else {}
+    one = lambda x: x[-1] if isinstance(x, list) else x
+    stop = one(ids.get("eos_token_id", tokenizer.token_to_id("<|endoftext|>")))
+    return one(ids.get("bos_token_id", stop)), stop
+
+
 class Server(ThreadingHTTPServer):
     daemon_threads = False # closing waits for what is being written
     def __init__(self, folder:Path, graph:str, host:str, port:int):
         self.tokenizer, self.graph = Tokenizer.from_file(str(folder/"tokenizer.json")), Graph(folder/graph)
-        self.stop_id = self.tokenizer.token_to_id("<|endoftext|>")
+        self.start_id, self.stop_id = special_ids(folder, self.tokenizer)
         self.name, self.turn, self.places = folder.resolve().name, threading.Lock(), threading.BoundedSemaphore(WAITING)
         super().__init__((host, port), Handler)
 
 
 def main()->None:
     folder = Path(sys.argv[1])
-    graph = sys.argv[2] if len(sys.argv) > 2 else min(p.name for p in folder.glob("*.onnx"))
+    graph = sys.argv[2] if len(sys.argv) > 2 else "fp32.onnx"
+    if not (folder/graph).is_file() or not (folder/"tokenizer.json").is_file(): sys.exit(f"{folder} does not hold {graph} and tokenizer.json: give a bundle of chapter 10")
+    check_bundle(folder)
     server = Server(folder, graph, os.environ.get("LLM_SCRATCH_HOST", "127.0.0.1"), int(os.environ.get("LLM_SCRATCH_PORT", "8000")))
     signal.signal(signal.SIGTERM, lambda *_: threading.Thread(target=server.shutdown).start()) # process 1 has no handler that it doesn't set itself
     print(f"{server.name}/{graph} on http://{server.server_address[0]}:{server.server_port}", flush=True)
