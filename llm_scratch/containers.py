@@ -465,6 +465,7 @@ class Workshop:
         for at in sorted((m for m in mounts if m.startswith(f"{self.root}/")), reverse=True): subprocess.run(["umount", "-l", at], capture_output=True, check=False)
         shutil.rmtree(self.root, ignore_errors=True)
 
+# %% ../nbs/10f_containers.ipynb #10f02d5
 @contextmanager
 def workshop(
     root:str|Path|None=None, # folder; None is a temporary one
