@@ -91,6 +91,7 @@ MAY_IMPORT = {
     "inferentia": {"core", "architecture", "costs"},  # what is rented
     "deployment": {"core", "architecture", "families", "generation", "interchange", "tokenization"},
     "browser": {"core", "deployment", "tokenization"},  # what a page runs: a graph and a tokenizer
+    "containers": {"core"},
     "pipeline": {"core", "deployment", "quantization", "serving", "server", "adversarial", "audit", "bias", "dialogues", "fairness", "guard", "injection", "memorisation", "safety", "objectives", "architecture", "backward", "generation", "interchange", "llamacpp", "data", "sources", "cleaning", "privacy", "curation", "duplicates", "tokenization", "fastbpe", "infrastructure", "planning", "checkpointing", "engines", "launching", "monitoring", "pretraining", "rates", "stability", "watching", "evaluation", "comparison", "perplexity", "metrics", "harness", "bridge", "report", "alignment", "assistant", "classification", "clauses", "footprint", "methods"},
 }
 HEAVY = {"datasets", "tokenizers", "matplotlib", "rich", "typer", "ipywidgets", "transformers", "evaluate", "IPython", "pandas", "nbdev", "numba", "gguf", "xllamacpp",
