@@ -84,8 +84,9 @@ MAY_IMPORT = {
     "dialogues": {"core", "assistant", "data", "evaluation", "metrics", "report", "safety"},  # fillings come from the assistant's dialogues
     "memorisation": {"core", "comparison", "epochs", "evaluation", "metrics", "privacy", "report", "safety"},
     "audit": {"core", "comparison", "data", "evaluation", "monitoring", "objectives", "report", "safety"},  # data: whose texts; monitoring: the log of a run; objectives: whose promises
-    "serving": {"core", "architecture", "generation"},
+    "serving": {"core", "architecture", "compiled", "generation"},
     "server": {"core", "assistant", "guard", "monitoring", "serving"},  # assistant: the chat template; monitoring: what a metric is
+    "load": {"core", "comparison", "evaluation", "report"},  # within functions, which bring torch: a load generator starts at once
     "pipeline": {"core", "serving", "server", "adversarial", "audit", "bias", "dialogues", "fairness", "guard", "injection", "memorisation", "safety", "objectives", "architecture", "backward", "generation", "interchange", "llamacpp", "data", "sources", "cleaning", "privacy", "curation", "duplicates", "tokenization", "fastbpe", "infrastructure", "planning", "checkpointing", "engines", "launching", "monitoring", "pretraining", "rates", "stability", "watching", "evaluation", "comparison", "perplexity", "metrics", "harness", "bridge", "report", "alignment", "assistant", "classification", "clauses", "footprint", "methods"},
 }
 HEAVY = {"datasets", "tokenizers", "matplotlib", "rich", "typer", "ipywidgets", "transformers", "evaluate", "IPython", "pandas", "nbdev", "numba", "gguf", "xllamacpp",
