@@ -10,6 +10,7 @@ __all__ = ['SSE_DONE', 'HOLDS', 'SERVER_METRICS', 'CHAT_SHAPE', 'TEXT_SHAPE', 's
 
 # %% ../nbs/10c_server.ipynb #10c004
 import asyncio
+import base64
 import codecs
 import hashlib
 import hmac
@@ -871,8 +872,184 @@ def _operator_routes(app:"fastapi.FastAPI", state:_State)->None:
     @app.get("/", response_class=HTMLResponse)
     async def page()->HTMLResponse:
         "A page to talk on."
-        html,policy = chat_page(state.served.name, is_chat=state.served.template is not None, feedback=state.feedback is not None, wants_key=bool(state.keys))
+        html,policy = chat_page(state.served.name, is_chat=state.served.template is not None, feedback=state.feedback is not None, wants_key=bool(state.keys), max_tokens=max(1, min(state.limits.max_tokens, state.served.context_len//2)))
         return HTMLResponse(html, headers={"content-security-policy":policy, "x-content-type-options":"nosniff", "referrer-policy":"no-referrer"})
+
+# %% ../nbs/10c_server.ipynb #10c120
+_STYLE = """
+:root { color-scheme: light dark; --ground: #fcfcfa; --ink: #1d2226; --soft: #59626b; --line: #848d95; --mine: #e6eef7; --key: #0b57a4; --wrong: #a4161a; }
+@media (prefers-color-scheme: dark) { :root { --ground: #15191d; --ink: #e6e9ec; --soft: #a5afb8; --line: #77818a; --mine: #23303e; --key: #8cc2ff; --wrong: #ff9a94; } }
+* { box-sizing: border-box; }
+body { margin: 0; min-height: 100dvh; display: flex; flex-direction: column; background: var(--ground); color: var(--ink); font: 1rem/1.5 system-ui, sans-serif; }
+header, main, form { width: 100%; max-width: 46rem; margin: 0 auto; padding: .75rem 1rem; }
+header { display: flex; flex-wrap: wrap; gap: .5rem 1rem; align-items: center; border-bottom: 1px solid var(--line); }
+h1 { font-size: 1.1rem; margin: 0; flex: 1; overflow-wrap: anywhere; }
+main { flex: 1; }
+ol { list-style: none; margin: 0; padding: 0; }
+li { margin: 0 0 1rem; }
+li.user { background: var(--mine); border-radius: .6rem; padding: .5rem .75rem; }
+h2 { font-size: .85rem; margin: 0; color: var(--soft); }
+li p, #hello { margin: .15rem 0; white-space: pre-wrap; overflow-wrap: anywhere; }
+#hello, #status, small, .consent { color: var(--soft); font-size: .9rem; }
+#status { min-height: 1.5em; margin: .25rem 0; }
+#status.wrong { color: var(--wrong); font-weight: 600; }
+form { position: sticky; bottom: 0; background: var(--ground); border-top: 1px solid var(--line); }
+textarea, input[type=password] { width: 100%; font: inherit; color: inherit; background: transparent; border: 1px solid var(--line); border-radius: .5rem; padding: .5rem .6rem; }
+textarea { min-height: 4.2rem; resize: vertical; }
+button { font: inherit; color: var(--key); background: transparent; border: 1px solid var(--line); border-radius: .5rem; min-height: 2.75rem; min-width: 2.75rem; padding: .25rem .8rem; cursor: pointer; }
+button[aria-pressed=true], button.main { background: var(--key); color: var(--ground); border-color: var(--key); }
+button:disabled { opacity: .5; cursor: default; }
+:focus-visible { outline: 3px solid var(--key); outline-offset: 2px; }
+.row { display: flex; flex-wrap: wrap; gap: .5rem; margin-top: .5rem; align-items: center; }
+.consent { display: flex; gap: .5rem; align-items: start; margin-top: .5rem; }
+.consent input { margin-top: .3rem; inline-size: 1.2rem; block-size: 1.2rem; flex: none; }
+label { display: block; margin-top: .25rem; }
+#hello { margin-bottom: .75rem; }
+svg { inline-size: 1.1em; block-size: 1.1em; fill: currentColor; vertical-align: -.15em; margin-right: .4em; }
+.down svg { transform: rotate(180deg); }
+[hidden] { display: none !important; }
+@media (max-width: 40rem), (max-height: 40rem) { form { position: static; } }
+"""
+
+# %% ../nbs/10c_server.ipynb #10c122
+_BODY = """<header><h1>{name}</h1><button type="button" id="fresh">{fresh}</button></header>
+<main><p id="hello">{hello}</p><ol id="log" role="log" aria-label="{log}"></ol></main>
+<form id="form">
+{key}<label for="text">{label}</label>
+<textarea id="text" required maxlength="20000" aria-describedby="how"></textarea>
+<small id="how">Enter sends, Shift and Enter begin a new line, Escape stops an answer.</small>
+<div class="row"><button class="main" id="send">Send</button><button type="button" id="stop" hidden>Stop</button></div>
+{consent}<p id="status" role="status"></p>
+</form>
+<template id="thumb"><svg viewBox="0 0 24 24" aria-hidden="true"><path d="M2 10h4v11H2zM8 21V10l5-8c1.6 0 2.3 1.3 1.9 2.8L14 9h6c1.2 0 2 1 1.7 2.2l-2 8.2c-.3 1-1.1 1.6-2.2 1.6z"/></svg></template>
+<noscript>This page needs JavaScript; it asks no other server than this one.</noscript>"""
+_KEY = """<label for="key">API key of this server (it is forgotten when you close the page)</label><input id="key" type="password" autocomplete="off">
+"""
+_CONSENT = """<label class="consent"><input type="checkbox" id="consent"><span>Keep what I wrote and what was answered with my ratings, so that people can read it and the model can learn from it. Without the tick only the rating is kept. Do not tick it for anything private.</span></label>
+"""
+
+# %% ../nbs/10c_server.ipynb #10c124
+_SCRIPT = """'use strict';
+const $ = id => document.getElementById(id), page = document.body.dataset, chats = page.chat === 'yes';
+let running = null, talk = []; // what stops an answer that is being written; the dialogue
+
+const say = (text, wrong = false) => { $('status').textContent = text; $('status').className = wrong ? 'wrong' : ''; };
+const make = (tag, text = '', more = {}) => Object.assign(document.createElement(tag), { textContent: text }, more);
+const headers = () => ({ 'content-type': 'application/json', ...($('key')?.value ? { authorization: 'Bearer ' + $('key').value } : {}) });
+const post = (path, body, signal) => fetch(path, { method: 'POST', headers: headers(), body: JSON.stringify(body), signal });
+const reason = async got => (await got.json().catch(() => null))?.error ?? { message: 'The server gave status ' + got.status + '.' };
+
+function turn(role, text) { // a message on the page
+  const item = make('li', '', { className: role });
+  item.append(make('h2', role === 'user' ? 'You' : page.name), make('p', text));
+  $('log').append(item);
+  item.scrollIntoView({ block: 'nearest' });
+  return item;
+}
+
+async function* events(got) { // what stands behind data:
+  const reader = got.body.pipeThrough(new TextDecoderStream()).getReader();
+  for (let rest = ''; ;) {
+    const { done, value } = await reader.read();
+    if (done) throw Error('The connection broke off.');
+    rest += value;
+    for (let at; (at = rest.indexOf('\\n\\n')) >= 0; rest = rest.slice(at + 2)) {
+      const line = rest.slice(0, at).replace(/^data: /, '');
+      if (line === '[DONE]') return;
+      const event = JSON.parse(line);
+      if (event.error) throw Error(event.error.message);
+      yield event;
+    }
+  }
+}
+"""
+
+# %% ../nbs/10c_server.ipynb #10c126
+_SCRIPT += """
+async function send(signal) { // the dialogue, shorter when it has grown too long
+  for (let gone = 0; ; gone += 2) {
+    const body = { ...(chats ? { messages: talk.slice(gone) } : { prompt: talk.at(-1).content }), max_tokens: Number(page.tokens) };
+    const got = await post(chats ? 'v1/chat/completions' : 'v1/completions', { ...body, temperature: .7, stream: true }, signal);
+    if (got.ok) return [got, gone && ' The dialogue is long: its oldest ' + gone + ' messages were not shown to the model.'];
+    const error = await reason(got);
+    if (error.code !== 'context_length_exceeded' || !chats || gone + 2 >= talk.length) throw Error(error.message);
+  }
+}
+
+async function answer() {
+  const item = turn('assistant', ''), place = item.querySelector('p'), asked = talk.slice(), mine = talk;
+  let id = '', said = '', why = 'Done.', wrong = false;
+  running = new AbortController();
+  busy(true);
+  say('Writing …');
+  try {
+    const [got, note] = await send(running.signal);
+    for await (const event of events(got)) {
+      id = event.id;
+      const choice = event.choices[0];
+      place.textContent = said += choice?.delta?.content ?? choice?.text ?? '';
+      if (choice?.finish_reason === 'length') why = 'The answer has reached its longest length.';
+      if (choice?.finish_reason === 'content_filter') why = 'The guard of this server has stepped in.';
+      item.scrollIntoView({ block: 'end' });
+    }
+    if (note) why += note;
+  } catch (e) { wrong = e.name !== 'AbortError'; why = wrong ? e.message : 'Stopped.'; }
+  running = null;
+  busy(false);
+  if (mine !== talk) return; // a new dialogue has begun meanwhile
+  say(why, wrong);
+  if (said.trim()) { talk.push({ role: 'assistant', content: said }); tools(item, id, asked, said); }
+  else { item.remove(); retract(); }
+  if (matchMedia('(pointer: fine)').matches) $('text').focus({ preventScroll: true }); // elsewhere a keyboard would cover the answer
+}
+"""
+
+# %% ../nbs/10c_server.ipynb #10c128
+_SCRIPT += """
+function retract() { // nothing was answered: the question goes back into its field
+  const last = talk.pop();
+  $('log').lastElementChild?.remove();
+  if (last && !$('text').value) $('text').value = last.content;
+}
+
+function busy(yes) {
+  $('log').setAttribute('aria-busy', yes);
+  $('send').disabled = yes;
+  $('stop').hidden = !yes;
+  for (const b of document.querySelectorAll('.again')) b.remove();
+}
+
+function tools(item, id, messages, said) { // what can be done with an answer
+  const row = item.appendChild(make('div', '', { className: 'row' }));
+  row.append(make('button', 'Regenerate', { type: 'button', className: 'again', onclick() { talk.pop(); item.remove(); answer(); } }));
+  if (page.feedback === 'yes') for (const [rating, label] of [['up', 'Good'], ['down', 'Bad']]) {
+    const button = make('button', label, { type: 'button', className: rating, async onclick() {
+      const consent = $('consent').checked, got = await post('v1/feedback', { id, rating, consent, ...(consent ? { messages, answer: said } : {}) }).catch(e => e);
+      if (!got.ok) return say(got.json ? (await reason(got)).message : String(got), true);
+      for (const b of row.querySelectorAll('[aria-pressed]')) b.setAttribute('aria-pressed', b === button);
+      say(consent ? 'Thank you. Your rating and the text are kept.' : 'Thank you. Your rating is kept, without the text.');
+    } });
+    button.prepend($('thumb').content.cloneNode(true));
+    button.setAttribute('aria-pressed', 'false');
+    row.append(button);
+  }
+}
+
+$('form').onsubmit = e => {
+  e.preventDefault();
+  const text = $('text').value.trim();
+  if (running || !text) return;
+  if (!chats) talk = [];
+  talk.push({ role: 'user', content: chats ? text : $('text').value });
+  turn('user', text);
+  $('text').value = '';
+  answer();
+};
+$('text').onkeydown = e => { if (e.key === 'Enter' && !e.shiftKey && !e.isComposing) { e.preventDefault(); $('form').requestSubmit(); } };
+document.onkeydown = e => { if (e.key === 'Escape') running?.abort(); };
+$('stop').onclick = () => running?.abort();
+$('fresh').onclick = () => { running?.abort(); talk = []; $('log').replaceChildren(); say('A new beginning.'); $('text').focus(); };
+"""
 
 # %% ../nbs/10c_server.ipynb #10c130
 def chat_page(
@@ -881,9 +1058,16 @@ def chat_page(
     is_chat:bool=True, # whether it answers, or continues texts
     feedback:bool=False, # whether thumbs are shown
     wants_key:bool=False, # whether the server asks for an API key
+    max_tokens:int=128, # of an answer
 )->tuple[str, str]: # HTML, and the policy that keeps it from asking anybody else
     "A page to talk on, in one file."
-    return f"<!doctype html><title>{escape(name)}</title>","default-src 'none'"
+    words = ("New dialogue", "Ask, and the model answers.", "Dialogue", "Your message") if is_chat else ("Clear", "This model was not made for dialogues: begin a text, and it continues.", "Texts", "How the text begins")
+    body = _BODY.format(name=escape(name), **dict(zip(("fresh", "hello", "log", "label"), words)), key=_KEY if wants_key else "", consent=_CONSENT if feedback else "")
+    yes = lambda x: "yes" if x else "no"
+    html = f"""<!doctype html><html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1"><title>{escape(name)}</title><link rel="icon" href="data:,"><style>{_STYLE}</style></head>
+<body data-name="{escape(name)}" data-chat="{yes(is_chat)}" data-feedback="{yes(feedback)}" data-tokens="{max_tokens}">{body}<script>{_SCRIPT}</script></body></html>"""
+    known = lambda text: "'sha256-" + base64.b64encode(hashlib.sha256(text.encode("utf-8")).digest()).decode() + "'"
+    return html, f"default-src 'none'; script-src {known(_SCRIPT)}; style-src {known(_STYLE)}; connect-src 'self'; img-src data:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
 
 # %% ../nbs/10c_server.ipynb #10c150
 @cache
