@@ -531,8 +531,9 @@ def local_balancer(
     "nginx in front of several servers of this machine, ended at the end; `UserError` when the program is missing."
     program,folder = shutil.which("nginx", path=os.pathsep.join([os.environ.get("PATH", os.defpath), "/usr/sbin"])),Path(folder).absolute()
     if program is None: raise UserError("the program nginx is missing: install it (Debian: apt-get install nginx-light), or give clients one address only")
-    if not listen:
-        with socket.create_server(("127.0.0.1", 0)) as s: listen = s.getsockname()[1]
+    try:
+        with socket.create_server(("127.0.0.1", listen)) as s: listen = s.getsockname()[1]
+    except OSError as e: raise UserError(f"the balancer can't listen on port {listen} ({e.strerror}): give another port, or 0 for any that is free") from None
     folder.mkdir(parents=True, exist_ok=True)
     with atomic_path(folder/"nginx.conf") as new: new.write_text(balancer_config(ports, listen, folder, user="root" if os.geteuid() == 0 else "", **how), encoding="utf-8")
     dies_with_us = ["setpriv", "--pdeathsig", "TERM"] if shutil.which("setpriv") else []
