@@ -37,6 +37,7 @@ from llm_scratch.evaluation import half_width  # noqa: E402
 from llm_scratch.load import Load, at_times, growth_rate, in_flight, local_balancer, make_asks, poisson_times, quantiles_of, read_gauge, run_load, token_rate, wait_ready, watch_process  # noqa: E402
 
 TOKENS = 8, 16, 32 # lengths of answers
+SHORT = 4, 8, 16 # the same, where two hundred clients wait for a slow machine
 CLIENTS = 1, 2, 4, 8, 16, 32, 64, 128, 200
 LOADS = .3, .6, .8, .9 # of what the server can do
 INSIDE = "llm_server_running", "llm_server_waiting" # gauges
@@ -115,14 +116,14 @@ def clients(run:Path, tiny:bool)->dict:
         for k in range(rounds):
             for n in some:
                 seconds = 1.5 if tiny else 7. if n <= 32 else 20.
-                got[n].append(measured(*up["eight"], make_asks(100*k+n, tokens=TOKENS), clients=n, seconds=seconds))
+                got[n].append(measured(*up["eight"], make_asks(100*k+n, tokens=SHORT), clients=n, seconds=seconds))
                 print(f"clients, round {k}: {n} clients, {token_rate(got[n][-1][0], seconds/6).mean:.0f} tokens/s", flush=True)
     rows = []
     for n, runs in got.items():
         later = [Load([t for t in load.trips if t.due > 0.05 or n == 1], load.seconds, load.cpu_seconds) for load, _ in runs] # the first of each client found an empty server
-        known = [(a["inside"], in_flight([t for t in load.trips if t.due < load.seconds])) for load, a in runs if a["inside"] is not None]
+        known = [(a["inside"], in_flight([t._replace(done=min(t.done, load.seconds)) for t in load.trips])) for load, a in runs if a["inside"] is not None]
         rows.append(row_of(later, clients=n, rate=spread([token_rate(load, load.seconds/6).mean for load, _ in runs]), requests=spread([sum(load.seconds/6 < t.done <= load.seconds for t in load.trips)/(load.seconds*5/6) for load, _ in runs]),
-                           inside=[round(mean(x), 2) for x in zip(*known)], server_cpu=spread([a["server_cpu"]/a["seconds"] for _, a in runs if a["server_cpu"]]), generator_cpu=spread([a["generator_cpu"]/a["seconds"] for _, a in runs])))
+                           inside=[round(mean(x), 2) for x in zip(*known)], per_cpu=spread([sum(t.n_tokens for t in load.trips)/a["server_cpu"] for load, a in runs if a["server_cpu"]]), generator_share=spread([a["generator_cpu"]/a["server_cpu"] for _, a in runs if a["server_cpu"]])))
     return dict(slots=8, rounds=rounds, rows=rows)
 
 def public(run:Path, tiny:bool)->dict:
@@ -130,11 +131,11 @@ def public(run:Path, tiny:bool)->dict:
     out, seconds, seeds = {}, 1.5 if tiny else 15., 2 if tiny else 3
     with servers(run, one=1, eight=8) as up:
         for name, n in (("one", 1), ("eight", 8)):
-            alone = run_load(up[name][0], make_asks(0, tokens=TOKENS), clients=1, seconds=seconds/2)
-            full = run_load(up[name][0], make_asks(1, tokens=TOKENS), clients=4*n, seconds=seconds/2)
+            alone = run_load(up[name][0], make_asks(0, tokens=SHORT), clients=1, seconds=seconds/2)
+            full = run_load(up[name][0], make_asks(1, tokens=SHORT), clients=4*n, seconds=seconds/2)
             most, rows = len([t for t in full.good if t.done <= full.seconds])/full.seconds, []
             for load_ in LOADS[:2] if tiny else LOADS:
-                runs = [run_load(up[name][0], at_times(make_asks(50+k, tokens=TOKENS), poisson_times(load_*most, seconds, k)), timeout=300., seconds=seconds) for k in range(seeds)]
+                runs = [run_load(up[name][0], at_times(make_asks(50+k, tokens=SHORT), poisson_times(load_*most, seconds, k)), timeout=300., seconds=seconds) for k in range(seeds)]
                 rows.append(row_of(runs, load=load_, rate=round(load_*most, 3), mean=spread([mean(t.latency for t in r.good) for r in runs]), most_late=round(max(t.sent-t.due for r in runs for t in r.trips), 4)))
                 print(f"by the clock, {name}: {load_:.0%}, {rows[-1]['mean'][0]:.2f} s", flush=True)
             out[name] = dict(slots=n, most=round(most, 3), alone=[round(t.latency, 4) for t in alone.good], rows=rows)
@@ -160,7 +161,7 @@ def busy(run:Path, tiny:bool)->dict:
     with tempfile.TemporaryDirectory() as tmp:
         for waiting in (4, 256):
             with started(run, Path(tmp), f"w{waiting}", slots=8, waiting=waiting) as server:
-                load = run_load(address(server, Path(tmp)/f"w{waiting}.log"), make_asks(6, tokens=TOKENS), clients=48, seconds=seconds, retries=12, timeout=120.)
+                load = run_load(address(server, Path(tmp)/f"w{waiting}.log"), make_asks(6, tokens=SHORT), clients=48, seconds=seconds, retries=12, timeout=120.)
                 out[str(waiting)] = row_of([load], waiting=waiting, rate=round(token_rate(load, seconds/6).mean, 1))
     return out
 
@@ -235,7 +236,7 @@ def main()->None:
         for name in args.only or PARTS:
             start, others = time.monotonic(), os.getloadavg()[0]
             record[name] = PARTS[name](run, args.tiny) | dict(took=round(time.monotonic()-start), machine_load=[round(others, 1), round(os.getloadavg()[0], 1)])
-            record["about"] = dict(tiny=args.tiny, tokens=TOKENS, cores=os.cpu_count(), python=platform.python_version())
+            record["about"] = dict(tiny=args.tiny, tokens=TOKENS, short=SHORT, cores=os.cpu_count(), python=platform.python_version())
             write_json(args.out, record)
             print(f"{name}: {record[name]['took']} s", flush=True)
 

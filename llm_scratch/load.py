@@ -6,7 +6,8 @@
 __all__ = ['NO_STALL', 'RETRIED', 'MEASURES', 'Trip', 'queue_open', 'in_flight', 'poisson_times', 'mm1_time', 'mg1_time',
            'Quantile', 'quantile_of', 'time_blocks', 'queue_closed', 'Ask', 'make_asks', 'at_times', 'Load', 'run_load',
            'PracticeServer', 'practice_server', 'serve_practice', 'token_rate', 'quantiles_of', 'balancer_config',
-           'wait_ready', 'local_balancer', 'Slope', 'growth_rate', 'watch_process', 'read_gauge']
+           'wait_ready', 'local_balancer', 'Slope', 'growth_rate', 'watch_process', 'read_gauge', 'clients_figure',
+           'token_price']
 
 # %% ../nbs/10d_load.ipynb #10d004
 import asyncio
@@ -600,3 +601,36 @@ def read_gauge(
     found = dict(re.findall(r"^(\w+) ([-+.\deE]+)$", text, re.M))
     if missing := [n for n in names if n not in found]: raise UserError(f"{url}/metrics tells no {missing[0]}")
     return sum(float(found[n]) for n in names)
+
+# %% ../nbs/10d_load.ipynb #10d074
+def clients_figure(
+    rows:Sequence[Mapping], # of a record: `clients`, `rate` (mean and half width), `latency` and `first` (quantile to value, low, high in seconds)
+    slots:int, # of the server
+)->"matplotlib.figure.Figure": # throughput and times against clients, with their bounds
+    "What a server does when more and more clients wait for their answers."
+    from matplotlib.figure import Figure
+    fig = Figure(figsize=(7.5, 2.9), layout="constrained")
+    left,right = fig.subplots(1, 2)
+    n,rate = [r["clients"] for r in rows],[r["rate"][0] for r in rows]
+    left.errorbar(n, rate, [r["rate"][1] or 0 for r in rows], marker="o", markersize=3, capsize=2)
+    left.axvline(slots, color="gray", linewidth=.8, linestyle=":")
+    left.set(xscale="log", xlabel="clients", ylabel="tokens per second", ylim=(0, None))
+    for k,(measure,q,name) in enumerate((("first", "p50", "first word, p50"), ("first", "p90", "first word, p90"), ("latency", "p50", "all of it, p50"), ("latency", "p90", "all of it, p90"))):
+        seen = [(r["clients"], *r[measure][q]) for r in rows if r[measure][q]]
+        if not seen: continue
+        x,y,low,high = zip(*seen)
+        right.errorbar(x, y, [[max(0, a-b) for a,b in zip(y, low)], [max(0, b-a) for a,b in zip(y, high)]], marker="o", markersize=3, capsize=2, label=name, color=f"C{k//2}", linestyle="-" if k % 2 == 0 else "--")
+    right.axvline(slots, color="gray", linewidth=.8, linestyle=":")
+    right.set(xscale="log", yscale="log", xlabel="clients", ylabel="seconds")
+    right.legend(fontsize=7)
+    return fig
+
+# %% ../nbs/10d_load.ipynb #10d091
+def token_price(
+    rate:float, # tokens per second at most
+    per_hour:float, # price of the machine
+    busy:float=.6, # share of `rate` that is really asked for, day and night
+)->float: # price of a million tokens
+    "What a million tokens cost on a machine that is paid by the hour."
+    if not rate > 0 or not 0 < busy <= 1: raise UserError(f"rate={rate:g} and busy={busy:g}: give a rate above 0, and a share above 0 up to 1")
+    return 1e6/(rate*busy*3600)*per_hour

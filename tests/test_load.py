@@ -63,8 +63,8 @@ def test_a_stall_moves_what_it_touches():
 
 
 def test_formulas_meet_simulation_and_refuse_saturation():
-    rng = random.Random(5)
-    due = poisson_times(.5, 60_000, 5)
+    rng = random.Random(77)  # not the seed of the gaps: long gaps would come with long work, and nobody would wait
+    due = poisson_times(.5, 120_000, 5)
     seen = [t.latency for t in queue_open(due, [rng.expovariate(1) for _ in due])]
     assert np.mean(seen) == pytest.approx(mm1_time(.5), rel=.06) and np.quantile(seen, .9) == pytest.approx(mm1_time(.5, q=.9), rel=.08)
     assert mm1_time(.5, 2.) == 4 and mm1_time(0) == 1
@@ -106,7 +106,7 @@ def test_growth_is_seen_and_its_absence_too():
     at = np.arange(600.)
     flat = growth_rate(at, 1e6+np.random.default_rng(0).normal(0, 100, 600))
     leak = growth_rate(at, 50*at+np.random.default_rng(1).normal(0, 100, 600))
-    assert flat.low < 0 < flat.high and leak.low < 50 < leak.high and leak.low > 40
+    assert abs(flat.mean) < 1 and flat.low < 0 < flat.high and abs(leak.mean-50) < 1 and leak.low > 45
     warm = growth_rate(at, np.minimum(at, 100)*1e5)  # what fills in the first fifth is no leak
     assert warm.mean == 0
     with pytest.raises(UserError, match="stretches empty"): growth_rate([1, 2, 3], [1, 2, 3])
@@ -129,7 +129,7 @@ def test_times_are_what_the_server_sleeps():
     asks = [Ask("bread", n, 0) for n in (2, 5, 9)]
     with practice_server(slots=1, per_token=.03) as (url, _): trips = run_load(url, asks, clients=1).trips
     for ask, t in zip(asks, trips):
-        assert t.n_tokens == len(t.times) == ask.max_tokens and t.due == t.sent <= t.times[0] <= t.times[-1] <= t.done
+        assert t.n_tokens == len(t.times) == ask.max_tokens and t.due <= t.sent <= t.times[0] <= t.times[-1] <= t.done
         assert t.first >= .029 and t.latency >= .029*ask.max_tokens and t.pace >= .02
     assert len({t.text for t in trips}) == 3
 
@@ -273,7 +273,7 @@ def ours():
 def test_the_books_server_is_understood(ours):
     asks = list(islice(make_asks(3, words=(2, 8), tokens=(3, 6, 12)), 16))
     with watch_process(os.getpid(), .01, lambda: read_gauge(ours, "llm_server_running", "llm_server_waiting")) as seen: one = run_load(ours, asks, clients=6)
-    two = run_load(ours, at_times(asks, poisson_times(200, 10, 0)))
+    two = run_load(ours, at_times(asks, poisson_times(200, 10, 0)), retries=30)
     chat = run_load(ours, asks[:3], clients=2, chat=True)
     assert not one.errors and not two.errors and not chat.errors and len(one.good) == len(two.good) == 16 and len(chat.good) == 3
     assert all(1 <= t.n_tokens <= 12 and 0 < t.first <= t.latency for t in one.trips)
