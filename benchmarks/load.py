@@ -115,7 +115,7 @@ def clients(run:Path, tiny:bool)->dict:
     with servers(run, eight=8) as up:
         for k in range(rounds):
             for n in some:
-                seconds = 1.5 if tiny else 7. if n <= 32 else 20.
+                seconds = 1.5 if tiny else 7. if n <= 32 else 12.
                 got[n].append(measured(*up["eight"], make_asks(100*k+n, tokens=SHORT), clients=n, seconds=seconds))
                 print(f"clients, round {k}: {n} clients, {token_rate(got[n][-1][0], seconds/6).mean:.0f} tokens/s", flush=True)
     rows = []
@@ -128,7 +128,7 @@ def clients(run:Path, tiny:bool)->dict:
 
 def public(run:Path, tiny:bool)->dict:
     "By the clock, at shares of what a server can do, with one slot and with eight."
-    out, seconds, seeds = {}, 1.5 if tiny else 15., 2 if tiny else 3
+    out, seconds, seeds = {}, 1.5 if tiny else 12., 2 if tiny else 3
     with servers(run, one=1, eight=8) as up:
         for name, n in (("one", 1), ("eight", 8)):
             alone = run_load(up[name][0], make_asks(0, tokens=SHORT), clients=1, seconds=seconds/2)
@@ -142,18 +142,18 @@ def public(run:Path, tiny:bool)->dict:
     return out
 
 def stall(run:Path, tiny:bool)->dict:
-    "The server is stopped for a second: who notices?"
-    seconds, out = 3. if tiny else 12., {}
+    "The server is stopped for a while: who notices?"
+    seconds, nap, out = (3., 1., {}) if tiny else (20., 4., {})
     with servers(run, eight=8) as up:
         url, pid = up["eight"]
         for name, how in dict(closed=dict(clients=1), open=dict()).items():
-            stop = [threading.Timer(seconds/3, partial(os.kill, pid, signal.SIGSTOP)), threading.Timer(seconds/3+1, partial(os.kill, pid, signal.SIGCONT))]
+            stop = [threading.Timer(seconds/3, partial(os.kill, pid, signal.SIGSTOP)), threading.Timer(seconds/3+nap, partial(os.kill, pid, signal.SIGCONT))]
             for t in stop: t.start()
-            asks = make_asks(5, tokens=(8,))
-            load = run_load(url, asks if how else at_times(asks, [n/4 for n in range(int(4*seconds))]), seconds=seconds, **how)
+            asks = make_asks(5, tokens=(4,))
+            load = run_load(url, asks if how else at_times(asks, [n/3 for n in range(int(3*seconds))]), seconds=seconds, **how)
             for t in stop: t.join()
-            out[name] = row_of([load], slow=sum(t.latency > .5 for t in load.good))
-    return out
+            out[name] = row_of([load], slow=sum(t.latency > nap/2 for t in load.good))
+    return out | dict(nap=nap)
 
 def busy(run:Path, tiny:bool)->dict:
     "A short queue, and more clients than fit: who is told to come later, and what the others see."
@@ -191,7 +191,7 @@ def failover(run:Path, tiny:bool)->dict:
         load = run_load(url, at_times(asks, times), retries=5, timeout=120.)
         thread.join()
         same = {t.text for t in run_load(url, asks[:len(times)], clients=4, timeout=120., retries=5).trips} == {t.text for t in load.trips}
-    who = [dict(due=round(t.due, 2), done=round(t.done, 2), replica=ports.index(int(t.replica.rpartition(":")[2])) if re.fullmatch(r"[\d.]+:\d+", t.replica) else t.replica.count(",")+1, failed=list(t.failed), error=t.error) for t in load.trips]
+    who = [dict(due=round(t.due, 2), done=round(t.done, 2), replica=ports.index(int(t.replica.rpartition(":")[2])), failed=list(t.failed), error=t.error) for t in load.trips]
     passed = sum("," in t.replica for t in load.trips)
     return row_of([load], seconds=seconds, calm=dict(Counter(str(ports.index(int(t.replica.rpartition(":")[2]))) for t in calm.trips)), events=[[name, round(at, 2)] for name, at in events], trips=who, passed_on=passed, same_texts=same)
 

@@ -421,7 +421,7 @@ def serve_practice(
 # %% ../nbs/10d_load.ipynb #10d056
 def token_rate(
     load:Load, # by clients that were always busy
-    warm=1., # seconds at the start that do not count
+    warm:float=1., # seconds at the start that do not count
     parts:int=8, # stretches that the error bar is over, at least 2
 )->"llm_scratch.evaluation.Result": # tokens per second, and its standard error
     "How many tokens came per second, while everybody was asking."
@@ -583,8 +583,10 @@ def watch_process(
     process,begin,seen,stop = optional_package("psutil", "monitor", "the watch of a process").Process(pid),time.perf_counter(),[],threading.Event()
     def look()->None:
         while not stop.wait(every):
-            try: seen.append((time.perf_counter()-begin, process.memory_info().rss, sum(process.cpu_times()[:2]), more()))
-            except Exception: return # it has ended, and there is nothing more to see
+            try: told = more()
+            except Exception: told = math.nan # a busy server that does not answer in time is no reason to look away
+            try: seen.append((time.perf_counter()-begin, process.memory_info().rss, sum(process.cpu_times()[:2]), told))
+            except Exception: return # it has ended
     thread = threading.Thread(target=look, daemon=True)
     thread.start()
     try: yield seen
@@ -625,7 +627,7 @@ def clients_figure(
     right.legend(fontsize=7)
     return fig
 
-# %% ../nbs/10d_load.ipynb #10d091
+# %% ../nbs/10d_load.ipynb #10d092
 def token_price(
     rate:float, # tokens per second at most
     per_hour:float, # price of the machine

@@ -141,6 +141,7 @@ def test_a_closed_server_is_passed_over_for_those_with_a_key_only(tmp_path):
         for name, headers, statuses in (("key", {"idempotency-key":"k"}, {200}), ("none", {}, {200, 503})):
             with local_balancer([port_of(a), port_of(b)], tmp_path/name, fail_seconds=1) as front:
                 assert {post(front, **headers).status_code for _ in range(6)} == statuses
+        with local_balancer([port_of(a), port_of(b)], tmp_path/"ours", fail_seconds=1) as front: assert not run_load(front, islice(make_asks(0, tokens=(2,)), 6), clients=1).errors  # the generator sends one
 
 
 @needs_nginx
