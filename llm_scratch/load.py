@@ -396,16 +396,19 @@ def practice_server(
 )->Iterator[tuple[str, PracticeServer]]: # its address and itself
     "A server of known speed, in a thread of this process."
     server,loop = PracticeServer(slots, per_token, max_waiting),asyncio.new_event_loop()
-    listening = loop.run_until_complete(asyncio.start_server(server.handle, "127.0.0.1", 0, backlog=512))
-    thread = threading.Thread(target=loop.run_forever, daemon=True)
+    thread = threading.Thread(target=loop.run_forever, daemon=True) # a notebook has a loop of its own
     thread.start()
+    listening = asyncio.run_coroutine_threadsafe(asyncio.start_server(server.handle, "127.0.0.1", 0, backlog=512), loop).result()
+    async def end()->None:
+        listening.close()
+        others = asyncio.all_tasks()-{asyncio.current_task()}
+        for task in others: task.cancel()
+        await asyncio.gather(*others, return_exceptions=True)
     try: yield f"http://127.0.0.1:{listening.sockets[0].getsockname()[1]}",server
     finally:
+        asyncio.run_coroutine_threadsafe(end(), loop).result()
         loop.call_soon_threadsafe(loop.stop)
         thread.join()
-        for task in asyncio.all_tasks(loop): task.cancel()
-        listening.close()
-        loop.run_until_complete(asyncio.sleep(.01))
         loop.close()
 
 def serve_practice(
