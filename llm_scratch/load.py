@@ -628,6 +628,7 @@ def clients_figure(
     right.axvline(slots, color="gray", linewidth=.8, linestyle=":")
     right.set(xscale="log", yscale="log", xlabel="clients", ylabel="seconds")
     right.legend(fontsize=7)
+    for ax in (left, right): ax.minorticks_off()
     return fig
 
 # %% ../nbs/10d_load.ipynb #10d092
