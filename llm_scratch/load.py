@@ -628,7 +628,10 @@ def clients_figure(
     right.axvline(slots, color="gray", linewidth=.8, linestyle=":")
     right.set(xscale="log", yscale="log", xlabel="clients", ylabel="seconds")
     right.legend(fontsize=7)
-    for ax in (left, right): ax.minorticks_off()
+    for ax in (left, right):
+        ax.minorticks_off()
+        ax.xaxis.set_major_formatter("{x:g}")
+        ax.yaxis.set_major_formatter("{x:g}")
     return fig
 
 # %% ../nbs/10d_load.ipynb #10d092
