@@ -617,14 +617,16 @@ def clients_figure(
     fig = Figure(figsize=(7.5, 2.9), layout="constrained")
     left,right = fig.subplots(1, 2)
     n,rate = [r["clients"] for r in rows],[r["rate"][0] for r in rows]
-    left.errorbar(n, rate, [r["rate"][1] or 0 for r in rows], marker="o", markersize=3, capsize=2)
+    left.plot(n, rate)
+    left.vlines(n, *zip(*[(max(0, x-(r["rate"][1] or 0)), x+(r["rate"][1] or 0)) for x,r in zip(rate, rows)]))
     left.axvline(slots, color="gray", linewidth=.8, linestyle=":")
-    left.set(xscale="log", xlabel="clients", ylabel="tokens per second", ylim=(0, None))
+    left.set(xscale="log", xlabel="clients", ylabel="tokens per second", ylim=(0, 1.6*max(rate)))
     for k,(measure,q,name) in enumerate((("first", "p50", "first word, p50"), ("first", "p90", "first word, p90"), ("latency", "p50", "all of it, p50"), ("latency", "p90", "all of it, p90"))):
         seen = [(r["clients"], *r[measure][q]) for r in rows if r[measure][q]]
         if not seen: continue
         x,y,low,high = zip(*seen)
-        right.errorbar(x, y, [[max(0, a-b) for a,b in zip(y, low)], [max(0, b-a) for a,b in zip(y, high)]], marker="o", markersize=3, capsize=2, label=name, color=f"C{k//2}", linestyle="-" if k % 2 == 0 else "--")
+        right.plot(x, y, label=name, color=f"C{k//2}", linestyle="-" if k % 2 == 0 else "--")
+        right.vlines(x, low, high, color=f"C{k//2}")
     right.axvline(slots, color="gray", linewidth=.8, linestyle=":")
     right.set(xscale="log", yscale="log", xlabel="clients", ylabel="seconds")
     right.legend(fontsize=7)
