@@ -1,4 +1,5 @@
 "Two servers behind a real nginx: who gets what, what is passed on and what is not, one killed while people read, and no answer lost."
+import asyncio
 import os
 import socket
 import subprocess
@@ -45,6 +46,23 @@ class Closed(PracticeServer):
     async def complete(self, asked, writer): self.say(writer, 503, dict(error=dict(message="closed")))
 
 
+class Open(PracticeServer):
+    "Has a page for everything."
+    def say(self, writer, status, value, more=""): super().say(writer, 200, value, more)
+
+
+class Unending(PracticeServer):
+    "Tells no length: its answers end with their connection."
+    async def stream(self, asked, writer):
+        writer.write(b"HTTP/1.1 200 OK\r\nconnection: close\r\n\r\n")
+        for _ in range(asked["max_tokens"]):
+            writer.write(b'data: {"choices": [{"text": "a "}]}\n\n')
+            await writer.drain()
+            await asyncio.sleep(self.per_token)
+        writer.write(b"data: [DONE]\n\n")
+        writer.close()
+
+
 def post(url:str, **headers:str)->httpx.Response:
     return httpx.post(f"{url}/v1/completions", json=dict(model="practice", prompt="a", max_tokens=2), headers=headers, trust_env=False, timeout=20)
 
@@ -88,6 +106,14 @@ def test_the_work_is_shared_and_streams_are_not_held_back(tmp_path):
 
 
 @needs_nginx
+def test_a_stream_of_unknown_length_is_not_collected(tmp_path):
+    with practice_server(per_token=.05) as (url, server), local_balancer([port_of(url)], tmp_path) as front:
+        server.__class__ = Unending
+        t = run_load(front, [Ask("x", 10, 0)], clients=1).trips[0]
+    assert not t.error and t.times[-1]-t.times[0] > .3
+
+
+@needs_nginx
 def test_the_fewest_open_requests_win(tmp_path):
     "One is busy with long answers: short ones go to the other."
     with practice_server(per_token=.01) as (a, _), practice_server(per_token=.01) as (b, _), local_balancer([port_of(a), port_of(b)], tmp_path) as front, ThreadPoolExecutor(1) as pool:
@@ -101,7 +127,8 @@ def test_the_fewest_open_requests_win(tmp_path):
 
 @needs_nginx
 def test_operators_pages_stay_inside_and_bodies_are_bounded(tmp_path):
-    with practice_server() as (url, _), local_balancer([port_of(url)], tmp_path, body_bytes=2000) as front:
+    with practice_server() as (url, server), local_balancer([port_of(url)], tmp_path, body_bytes=2000) as front:
+        server.__class__ = Open
         seen = {path:httpx.get(f"{front}{path}", trust_env=False).status_code for path in ("/healthz", "/readyz", "/metrics", "/admin/reload", "/v1/models", "/docs")}
         large = httpx.post(f"{front}/v1/completions", content=b"x"*3000, trust_env=False).status_code
     assert seen == {"/healthz":200, "/readyz":200, "/metrics":404, "/admin/reload":404, "/v1/models":200, "/docs":404} and large == 413
