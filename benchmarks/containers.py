@@ -19,7 +19,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT)) # this checkout, whichever is installed
-from llm_scratch.containers import (SERVING, SLIM, build_context, build_image, check_sbom, debian_base, image_layers, import_base, make_sbom, read_lock, wait_ready, wheelhouse,  # noqa: E402
+from llm_scratch.containers import (SERVING, SLIM, build_context, build_image, check_sbom, debian_base, image_layers, import_base, make_sbom, read_lock, wait_for_server, wheelhouse,  # noqa: E402
                                     free_port, start_container, unpacked_bytes, workshop)
 from llm_scratch.core import read_json, write_json  # noqa: E402
 
@@ -61,7 +61,7 @@ def measure(shop, plan, wheels:Path, model:Path)->dict:
         port = free_port()
         clock()
         container = start_container(shop, name, env=dict(LLM_SCRATCH_HOST="127.0.0.1", LLM_SCRATCH_PORT=str(port)), memory="1g")
-        answer = wait_ready(f"http://127.0.0.1:{port}", seconds=300)
+        answer = wait_for_server(f"http://127.0.0.1:{port}", seconds=300)
         row["start"] = dict(status(shop, container), wall_s=clock()["wall_s"])
         row["answer"] = answer(dict(model="model", prompt="The cat", max_tokens=12, temperature=0))["choices"][0]["text"]
         row["answered"] = status(shop, container)

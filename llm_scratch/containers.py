@@ -8,7 +8,7 @@ __all__ = ['SERVING', 'SLIM', 'BASE', 'SECRET_NAMES', 'SECRET_FILES', 'CONTAINER
            'find_in_image', 'ImagePlan', 'containerfile_text', 'Instruction', 'read_containerfile', 'FileFinding',
            'check_containerfile', 'lock_lines', 'read_lock', 'wheelhouse', 'build_context', 'missing_tools', 'Workshop',
            'workshop', 'debian_base', 'build_image', 'import_base', 'start_container', 'pod_text', 'free_port',
-           'wait_ready', 'python_parts', 'debian_parts', 'make_sbom', 'check_sbom', 'unpacked_bytes']
+           'wait_for_server', 'python_parts', 'debian_parts', 'make_sbom', 'check_sbom', 'unpacked_bytes']
 
 # %% ../nbs/10f_containers.ipynb #10f004
 import hashlib
@@ -558,7 +558,7 @@ def free_port()->int: # on 127.0.0.1
         s.bind(("127.0.0.1", 0))
         return s.getsockname()[1]
 
-def wait_ready(
+def wait_for_server(
     url:str, # of a server, such as http://127.0.0.1:8000
     seconds:float=120, # that it may take
 )->Callable[[dict], dict]: # a request for /v1/completions to its answer

@@ -23,7 +23,7 @@ from hypothesis import strategies as st
 from llm_scratch import containers as c
 from llm_scratch.containers import (CONTAINER_RULES, SERVING, SLIM, Trace, build_context, build_image, check_containerfile, check_sbom, containerfile_text, debian_base, debian_parts, digest_of, find_in_image, free_port,
                                     image_files, image_layers, import_base, layer_tar, lock_lines, make_sbom, missing_tools, pod_text, python_parts, read_containerfile, read_in_image, read_lock, start_container, unpacked_bytes,
-                                    wait_ready, wheelhouse, workshop, write_image)
+                                    wait_for_server, wheelhouse, workshop, write_image)
 from llm_scratch.core import UserError, read_json, seal, sha256_file
 from llm_scratch.data import cache_dir
 
@@ -355,7 +355,7 @@ def slim(bundle):
     env = os.environ | dict(LLM_SCRATCH_PORT=str(port))
     with subprocess.Popen([sys.executable, HERE/"slim.py", bundle], env=env, stdout=subprocess.DEVNULL) as process:
         try:
-            wait_ready(f"http://127.0.0.1:{port}", 60)
+            wait_for_server(f"http://127.0.0.1:{port}", 60)
             yield f"http://127.0.0.1:{port}", process
         finally:
             process.send_signal(signal.SIGTERM)
@@ -486,7 +486,7 @@ def test_the_slim_image_is_built_answers_and_is_listed(shop, floor, bundle, tmp_
     image, context = built(shop, floor, SLIM, "llm-slim", bundle, tmp_path)
     port = free_port()
     container = start_container(shop, image, env=dict(LLM_SCRATCH_HOST="127.0.0.1", LLM_SCRATCH_PORT=str(port)), memory="300m")
-    try: answer = wait_ready(f"http://127.0.0.1:{port}", 120)
+    try: answer = wait_for_server(f"http://127.0.0.1:{port}", 120)
     except UserError as e: raise AssertionError(shop.podman("logs", container)) from e
     assert answer(dict(prompt="w1 w2", max_tokens=5))["choices"][0]["text"] == by_hand([1, 2], 5)
     is_locked_down(shop, container)
@@ -523,7 +523,7 @@ def greedy(folder, prompt, n):
     from llm_scratch.server import background_server, make_app
     served = open_served(folder)
     try:
-        with background_server(make_app(served)) as url: return wait_ready(url)(dict(model="home", prompt=prompt, max_tokens=n, temperature=0))["choices"][0]["text"]
+        with background_server(make_app(served)) as url: return wait_for_server(url)(dict(model="home", prompt=prompt, max_tokens=n, temperature=0))["choices"][0]["text"]
     finally: served.engine.close(drain=False)
 
 
@@ -544,7 +544,7 @@ def test_llm_scratch_serve_answers_from_a_deployment(shop, floor, tmp_path):
     shop.podman("play", "kube", str(tmp_path/"pod.yaml"))
     container = next(n for n in shop.podman("ps", "-a", "--format", "{{.Names}}").split() if n.endswith("-server"))
     try:
-        try: answer = wait_ready(f"http://127.0.0.1:{port}", 300)
+        try: answer = wait_for_server(f"http://127.0.0.1:{port}", 300)
         except UserError as e: raise AssertionError(shop.podman("logs", container)) from e
         got = answer(dict(model="tiny", prompt="soup and tea", max_tokens=6, temperature=0))
         assert got["choices"][0]["text"] == greedy(model, "soup and tea", 6)

@@ -101,7 +101,7 @@ HEAVY = {"datasets", "tokenizers", "matplotlib", "rich", "typer", "ipywidgets", 
          "psutil", "pynvml", "tensorboard", "wandb", "prometheus_client", "deepspeed", "megatron", "scipy", "sacrebleu", "rouge_score", "lm_eval", "peft", "trl", "fairlearn", "httpx", "inspect_ai", "fastapi", "starlette", "uvicorn", "pydantic", "h11", "openai",
          "onnx", "onnxscript", "onnxruntime", "onnxruntime_genai",
          "llvmlite"}
-HEAVY_BUT_ALLOWED = {"pipeline": {"typer"}, "compiled": {"numba"}, "fastbpe": {"numba"}}  # the command line is made of typer's annotations, compiled functions of numba's decorator
+HEAVY_BUT_ALLOWED = {"pipeline": {"typer"}, "compiled": {"numba"}, "fastbpe": {"numba"}, "speed": {"numba", "llvmlite"}}  # the command line is made of typer's annotations, compiled functions of numba's decorator
 SECONDS = 2  # of CPU time beyond `import torch`, generous
 
 
