@@ -27,7 +27,7 @@ from nbformat.v4 import new_code_cell, new_markdown_cell
 DOCS = Path(__file__).resolve().parent
 ROOT = DOCS.parent
 sys.path.insert(0, str(ROOT))
-from llm_scratch.core import atomic_path  # noqa: E402
+from llm_scratch.core import UserError, atomic_path, read_json  # noqa: E402
 
 LIB = "llm_scratch"
 DIRECTIVE = re.compile(r"#\|\s*([\w-]+)\s*:?\s*(.*?)\s*$")
@@ -200,10 +200,10 @@ def page(chapter:Chapter, book:list[Chapter])->nbformat.NotebookNode:
     kept = dict(language_info=dict(name="python", pygments_lexer="ipython3")) | {k:v for k,v in chapter.nb.metadata.items() if k == "widgets"}
     return nbformat.v4.new_notebook(cells=cells, metadata=kept)
 
-def contents(book:list[Chapter])->str:
+def contents(book:list[Chapter], pages:list[str])->str: # `pages` are those that no notebook makes
     "The hidden tables of contents that fill the side bar."
     rows = "\n".join(f"{c.number} · {c.title} <{c.page}>" if c.number else f"{c.title} <{c.page}>" for c in book[1:])
-    return f"```{{toctree}}\n:hidden:\n:caption: Chapters\n\n{rows}\n```\n\n```{{toctree}}\n:hidden:\n:caption: Library\n\nreference\n```\n"
+    return f"```{{toctree}}\n:hidden:\n:caption: Chapters\n\n{rows}\n```\n\n```{{toctree}}\n:hidden:\n:caption: Library\n\n" + "\n".join(pages) + "\n```\n"
 
 def reference(book:list[Chapter])->str:
     "One page that lists every public object by chapter."
@@ -218,6 +218,14 @@ def reference(book:list[Chapter])->str:
         lines.append("")
     return "\n".join([*lines, "All names by letter: {ref}`genindex`.", ""])
 
+def talk(extra:Path, modules:Path)->str: # `extra` gets the folder `talk`, which is copied as it is
+    "The page on which a visitor's browser runs the model that lies in docs/demo."
+    from llm_scratch.browser import page_piece, write_page
+    try: facts = read_json(write_page(DOCS/"demo", extra/"talk", modules/"onnxruntime-web")/"page.json")
+    except UserError as e: raise SystemExit(f"docs/build.py: {e}") from None
+    lead = "{.summary}\nThe model that this book trains, in your own browser: nothing is installed, and nothing that you type leaves this page\n"
+    return f"# {facts['title']}\n\n{lead}\n```{{raw}} html\n{page_piece(facts, 'talk/')}```\n\nHow it is made, and proved equal to the model in Python: [chapter 10e](browser.ipynb).\n"
+
 # --- the build -------------------------------------------------------------------------------------------------
 
 def node_modules()->Path:
@@ -229,7 +237,7 @@ def _node_modules()->Path:
     mark = folder/".package-lock.json"
     if mark.is_file() and mark.stat().st_mtime >= (DOCS/"package-lock.json").stat().st_mtime: return folder
     for tool in ("node", "npm"):
-        if not shutil.which(tool): raise SystemExit(f"docs/build.py: {tool} is missing; the site takes math and widgets from npm: install Node.js 18 or newer")
+        if not shutil.which(tool): raise SystemExit(f"docs/build.py: {tool} is missing; the site takes math, widgets and a runtime of models from npm: install Node.js 18 or newer")
     done = subprocess.run(["npm", "ci", "--prefix", DOCS, "--ignore-scripts", "--no-audit", "--no-fund"], capture_output=True, text=True, check=False)
     if done.returncode: raise SystemExit(f"docs/build.py: npm ci failed: {' '.join(done.stderr.split())[-400:]}")
     mark.touch()
@@ -249,14 +257,17 @@ def build(nbs:Path, out:Path)->int:
     with tempfile.TemporaryDirectory(prefix="site") as tmp:
         source,static,html = (Path(tmp)/name for name in ("source", "static", "html"))
         (source/"notebooks").mkdir(parents=True)
-        vendor(node_modules(), static)
+        (extra := Path(tmp)/"extra").mkdir()
+        vendor(modules := node_modules(), static)
+        pages = {"reference":reference(book)}
+        if any(c.module == f"{LIB}.browser" for c in book): pages = {"talk":talk(extra, modules)} | pages
         for c in book:
             nb = page(c, book)
-            if c is book[0]: nb.cells.append(new_markdown_cell(contents(book)))
+            if c is book[0]: nb.cells.append(new_markdown_cell(contents(book, list(pages))))
             nbformat.write(nb, source/f"{c.page}.ipynb")
             shutil.copyfile(c.path, source/"notebooks"/c.path.name)
-        (source/"reference.md").write_text(reference(book), encoding="utf-8")
-        sphinx = [sys.executable, "-m", "sphinx", "-q", "-W", "--keep-going", "-b", "html", "-c", DOCS, "-D", f"html_static_path=_static,{static}", source, html]
+        for name,text in pages.items(): (source/f"{name}.md").write_text(text, encoding="utf-8")
+        sphinx = [sys.executable, "-m", "sphinx", "-q", "-W", "--keep-going", "-b", "html", "-c", DOCS, "-D", f"html_static_path=_static,{static}", "-D", f"html_extra_path={extra}", source, html]
         if subprocess.run(sphinx, check=False).returncode: raise SystemExit("docs/build.py: the warnings above are errors: no site was written")
         for name in (".doctrees", ".buildinfo"): shutil.rmtree(html/name, ignore_errors=True) if (html/name).is_dir() else (html/name).unlink(missing_ok=True)
         (html/".nojekyll").touch() # or GitHub Pages leaves out the folders that begin with _

@@ -272,7 +272,7 @@ class Rig(Rented):
     bandwidth:float=0. # bytes per second of the memory that holds the weights
     reach:tuple[float, float]=(.3, .6) # share of the promised rates, low and high: an assumption
 
-PRICED = "on demand, Linux, us-east-1, as in public lists up to June 2026; the low end is 40 % of it, about what three years' commitment costs: look them up before you decide"
+PRICED = "on demand, Linux, us-east-1, assumed in 2026 (of these only that of g5.xlarge was seen in a public list, June 2026); the low end is 40 % of it, about what three years' commitment costs: look them up before you decide"
 RIGS = {r.name:r for r in (
     Rig("inf2.xlarge", 190e12, 32*2**30, math.nan, (.30, .76), f"1 Inferentia2 (AWS Neuron documentation, Inf2 architecture); {PRICED}", 820*2**30),
     Rig("g6.xlarge", 121e12, 24e9, 72, (.32, .80), f"1 NVIDIA L4 (data sheet, without sparsity); {PRICED}", 300e9),

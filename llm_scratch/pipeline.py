@@ -10,7 +10,7 @@ __all__ = ['PRESETS', 'BRIEFS', 'IMPORT', 'Watch', 'CLEANING', 'JUDGES', 'MOST_R
            'run_verdicts', 'scorecard', 'save_scorecard', 'save_report', 'stream_text', 'main', 'tune_clauses',
            'tune_chat', 'prefer_chat', 'preset_plan', 'preset_rows', 'is_imported', 'import_hf', 'import_gguf',
            'open_hub', 'open_imported', 'export_hf', 'export_gguf', 'find_assistant', 'open_subject', 'judged_clauses',
-           'open_guard', 'attack_again', 'audit_parts', 'open_served']
+           'open_guard', 'attack_again', 'audit_parts', 'open_served', 'export_bundle']
 
 # %% ../nbs/12_pipeline.ipynb #0e203540
 import codecs
@@ -38,34 +38,35 @@ import typer
 from safetensors import safe_open
 from torch import nn
 
-from .architecture import Decoder, ModelConfig, init_weights, load_model, n_params, save_model, training_flops_per_token
 from .adversarial import Tried, audit_adversarial, replay, save_breaks
 from .alignment import PreferenceBatches, corrupt, fewer_flaws, pair_samples, reference_logps, steps_of_answer, tune_dpo, win_rate
+from .architecture import Decoder, ModelConfig, init_weights, load_model, n_params, save_model, training_flops_per_token
 from .assistant import Assistant, Dialogue, add_tokens, answer_all, ask, book_dialogues, chain_dialogues, chat_samples, end_id, fact_score, form_score, given_dialogues, luck_score, mix_dialogues, open_assistant, read_template, reply, save_assistant, set_mean_rows, split_by_title, tune_assistant
 from .audit import PARTS, AuditPart, Ended, audit_about, audit_all, energy_section, run_facts
 from .backward import quick_products, quick_training
 from .bias import audit_bias
+from .bridge import QUESTION_SETS, find_leaks, load_questions
+from .checkpointing import clear_leftovers, keep_last, latest, run_lock, saved
 from .classification import label_choice, label_task
 from .clauses import CORE_14, family_of, frozen_split, is_test, keyword_rules, majority, tfidf_svm
 from .cleaning import basic_stages, full_stages, listed_words, quality_texts, train_quality
-from .checkpointing import clear_leftovers, keep_last, latest, run_lock, saved
 from .comparison import leaderboard_text
 from .core import UserError, atomic_path, read_json, read_json_lines, write_json, write_json_lines
 from .curation import curate, curation_notes, read_curated
 from .data import SOURCES, Document, load_corpus, load_documents, nearest, read_source, save_documents, split_corpus, tiny_corpus, to_dataset
+from .deployment import save_bundle, save_genai
 from .dialogues import audit_dialogues
 from .duplicates import Decontaminate
 from .engines import ENGINES, Engine, end_rank, is_loss_of_contact, make_engine, speaks_first
-from .bridge import QUESTION_SETS, find_leaks, load_questions
 from .evaluation import NGram, bits_per_byte, counts_steps, looks_like_recipe, mean_of, ratio_of, share_of, train_ngram
 from .fairness import LIABILITY, Judged, audit_fairness, judge_clauses
 from .footprint import METHODS, Tuning
 from .generation import Cache, sample, stream
 from .guard import Safeguard, audit_guard, guarded, load_policy, make_guard
-from .injection import FULL_KIT, audit_injection, hardened
-from .interchange import TOKENIZER_FILES, copy_tokenizer, find_tensors, load_hf, load_special_ids, save_hf
 from .harness import ModelScorer, NGramScorer, Task, TaskResult, baselines, stand
 from .infrastructure import HardwareSampler, doctor_rows, hardware_report, local_preflight, measured_rows, preflight_rank, read_memory
+from .injection import FULL_KIT, audit_injection, hardened
+from .interchange import TOKENIZER_FILES, copy_tokenizer, find_tensors, load_hf, load_special_ids, save_hf
 from .launching import WAYS, launch, launch_text, make_job
 from .llamacpp import load_gguf, read_gguf, save_gguf, write_modelfile
 from .memorisation import audit_memorisation
@@ -77,11 +78,12 @@ from .perplexity import Predictions, predict
 from .planning import CHIPS, SHAPES, Chip, Layout, Machines, TrainingPlan, checkpoint_blocks, peak_memory, plan_report, plan_rows, room, step_time
 from .pretraining import Batches, Step, TrainState, load_checkpoint, make_adamw, make_optimizers, save_checkpoint, train, wsd
 from .privacy import RedactPII
+from .quantization import CONVERTERS
 from .rates import cosine, linear
 from .report import compare_runs, cost_figure, html_page, html_table, item_rows, language_rows, loss_figure, nats_of_docs, reliability_figure, report_row, speed_gates, speed_rows, svg_of, task_figure, task_rows, text_tasks, writing_rows
 from .safety import Section, Subject, assistant_subject, competence, endpoint_subject, model_subject
 from .server import Limits, Served, ask_server, log_requests, make_app, read_keys, run_server
-from .serving import BatchEngine
+from .serving import BatchEngine, fast_slots
 from .sources import Stage, open_streams
 from .stability import compile_auto, explained
 from .tokenization import HubTokenizer, Shards, Tokenizer, load_tokenizer, save_tokenizer, train_bpe, write_shards
@@ -1521,7 +1523,7 @@ def open_served(
     if home: model,tok,template = open_assistant(home)
     else: (model,tok),template = _open_model(folder, None) if is_run else open_hub(folder),None
     shield = load_policy(guard, FULL_KIT) if guard else None
-    return Served(BatchEngine(model, n_slots=slots, max_waiting=waiting), tok, template, name or folder.resolve().name, model.cfg.context_len, shield)
+    return Served(BatchEngine(fast_slots(model), n_slots=slots, max_waiting=waiting), tok, template, name or folder.resolve().name, model.cfg.context_len, shield)
 
 def _env(name:str)->str: return f"LLM_SCRATCH_{name}" # every option of `serve` can be given by the environment, as containers do
 
@@ -1545,6 +1547,32 @@ def _serve_verb(
     reopen = partial(open_served, folder, tuned, name=name, slots=slots, waiting=waiting, guard=guard)
     app = make_app(reopen(), Limits(max_tokens=max_tokens, seconds=seconds, body_bytes=body_bytes), keys=locks, origins=origin or (), feedback=feedback, log_text=log_text, reopen=reopen)
     run_server(app, host, port, grace, say=partial(print, flush=True))
+
+# %% ../nbs/12_pipeline.ipynb #c10export
+def _model_home(folder:str|Path, tuned:str)->Path: # in the Hugging Face layout
+    is_run,home = _whom(folder, tuned)
+    return home or (Path(folder)/"model" if is_run else Path(folder))
+
+def export_bundle(
+    folder:str|Path, # a run directory, an imported model, or a folder in the Hugging Face layout
+    target:str|Path, # new, empty, or an older bundle, which is replaced
+    kinds:Iterable[str]=("fp16", "int8_channels"), # of `CONVERTERS`, beside fp32
+    tuned:str="chat", # which assistant of a run
+)->Path: # `target`
+    "The assistant that is there, or else the model, as ONNX files; nothing is written if the graph is not the model."
+    if wrong := [k for k in kinds if k not in CONVERTERS]: raise UserError(f"there is no kind {wrong[0]}: give some of {', '.join(CONVERTERS)}; fp32 is always there")
+    return save_bundle(_model_home(folder, tuned), target, kinds={k:CONVERTERS[k] for k in kinds})
+
+@_verb("export")
+def _export_verb(
+    target:_From("DIR"), run:Annotated[Path, typer.Option("--run", metavar="DIR", help="a run, an imported model, or a folder in the Hugging Face layout", show_default="runs/PRESET")]=None, preset:_PresetOption=None,
+    tuned:Annotated[str, typer.Option(help="which assistant of the run")]="chat", kinds:Annotated[str, typer.Option(metavar="KIND,…", help=f"some of {', '.join(CONVERTERS)}; fp32 is always there")]="fp16,int8_channels",
+    genai:Annotated[str, typer.Option(metavar="PRECISION", help="fp32 or int4: a folder of ONNX Runtime GenAI instead, the fastest on a CPU", show_default="none")]="",
+)->None:
+    "Write the assistant of a run, or its model, as ONNX files for ONNX Runtime, each compared with the model."
+    if genai: said = dict(genai=read_json(save_genai(_model_home(_home(run, preset), tuned), target, genai)/"bundle.json"))
+    else: said = read_json(export_bundle(_home(run, preset), target, tuple(filter(None, (k.strip() for k in kinds.split(",")))), tuned)/"bundle.json")["kinds"]
+    for row in said.values(): _console().print(f"export    {target/row.get('file', 'model.onnx')}: {row['bytes']/1e6:.1f} MB, {row['parity']['kl']:.1g} nats per position from the model", soft_wrap=True)
 
 # %% ../nbs/12_pipeline.ipynb #1c596d92
 def _print_rows(rows:Iterable[tuple[str, str]])->None:

@@ -85,18 +85,22 @@ MAY_IMPORT = {
     "dialogues": {"core", "assistant", "data", "evaluation", "metrics", "report", "safety"},  # fillings come from the assistant's dialogues
     "memorisation": {"core", "comparison", "epochs", "evaluation", "metrics", "privacy", "report", "safety"},
     "audit": {"core", "comparison", "data", "evaluation", "monitoring", "objectives", "report", "safety"},  # data: whose texts; monitoring: the log of a run; objectives: whose promises
-    "deployment": {"core", "architecture", "families", "generation", "interchange", "tokenization"},
     "serving": {"core", "architecture", "compiled", "generation"},
     "server": {"core", "assistant", "guard", "monitoring", "serving"},  # assistant: the chat template; monitoring: what a metric is
-    "speed": {"core", "architecture", "compiled", "evaluation", "generation"},  # evaluation: Student's interval
     "kubernetes": {"core", "architecture", "data"},  # data: the pinned file that helm is in
     "inferentia": {"core", "architecture", "costs"},  # what is rented
-    "pipeline": {"core", "serving", "server", "adversarial", "audit", "bias", "dialogues", "fairness", "guard", "injection", "memorisation", "safety", "objectives", "architecture", "backward", "generation", "interchange", "llamacpp", "data", "sources", "cleaning", "privacy", "curation", "duplicates", "tokenization", "fastbpe", "infrastructure", "planning", "checkpointing", "engines", "launching", "monitoring", "pretraining", "rates", "stability", "watching", "evaluation", "comparison", "perplexity", "metrics", "harness", "bridge", "report", "alignment", "assistant", "classification", "clauses", "footprint", "methods"},
+    "deployment": {"core", "architecture", "families", "generation", "interchange", "tokenization"},
+    "browser": {"core", "deployment", "tokenization"},  # what a page runs: a graph and a tokenizer
+    "containers": {"core"},
+    "load": {"core", "comparison", "evaluation", "report"},  # within functions, which bring torch: a load generator starts at once
+    "speed": {"core", "architecture", "compiled", "evaluation", "generation"},  # evaluation: Student's interval
+    "pipeline": {"core", "deployment", "quantization", "serving", "server", "adversarial", "audit", "bias", "dialogues", "fairness", "guard", "injection", "memorisation", "safety", "objectives", "architecture", "backward", "generation", "interchange", "llamacpp", "data", "sources", "cleaning", "privacy", "curation", "duplicates", "tokenization", "fastbpe", "infrastructure", "planning", "checkpointing", "engines", "launching", "monitoring", "pretraining", "rates", "stability", "watching", "evaluation", "comparison", "perplexity", "metrics", "harness", "bridge", "report", "alignment", "assistant", "classification", "clauses", "footprint", "methods"},
 }
 HEAVY = {"datasets", "tokenizers", "matplotlib", "rich", "typer", "ipywidgets", "transformers", "evaluate", "IPython", "pandas", "nbdev", "numba", "gguf", "xllamacpp",
          "resiliparse", "trafilatura", "fastwarc", "ftfy", "py3langid", "lingua", "charset_normalizer", "datatrove", "datasketch", "sklearn", "pyarrow", "tiktoken",
          "psutil", "pynvml", "tensorboard", "wandb", "prometheus_client", "deepspeed", "megatron", "scipy", "sacrebleu", "rouge_score", "lm_eval", "peft", "trl", "fairlearn", "httpx", "inspect_ai", "fastapi", "starlette", "uvicorn", "pydantic", "h11", "openai",
-         "onnx", "onnxscript", "onnxruntime", "onnxruntime_genai", "llvmlite"}
+         "onnx", "onnxscript", "onnxruntime", "onnxruntime_genai",
+         "llvmlite"}
 HEAVY_BUT_ALLOWED = {"pipeline": {"typer"}, "compiled": {"numba"}, "fastbpe": {"numba"}, "speed": {"numba", "llvmlite"}}  # the command line is made of typer's annotations, compiled functions of numba's decorator
 SECONDS = 2  # of CPU time beyond `import torch`, generous
 

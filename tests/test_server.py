@@ -5,6 +5,7 @@ import logging
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -23,12 +24,12 @@ from hypothesis import strategies as st
 from served import Scripted, scripted_served, tiny_model, tiny_served, tiny_tokenizer
 
 from llm_scratch.architecture import n_params
-from llm_scratch.assistant import encode_chat, save_assistant
+from llm_scratch.assistant import CHAT_TEMPLATE, encode_chat, save_assistant
 from llm_scratch.core import UserError
 from llm_scratch.generation import generate
 from llm_scratch.guard import GuardPolicy, GuardRule, Part, Safeguard
 from llm_scratch.pipeline import app as cli
-from llm_scratch.server import (HOLDS, SERVER_METRICS, SSE_DONE, ApiError, Delta, Limits, Served, Voice, ask_server, background_server, error_body, held_back, hold_for, make_app, opens, probe, read_keys,
+from llm_scratch.server import (HOLDS, SERVER_METRICS, SSE_DONE, ApiError, Delta, Limits, Served, Voice, ask_server, _listening, background_server, error_body, held_back, hold_for, make_app, opens, probe, read_keys,
                                 save_feedback, sse_line, unsupported)
 from llm_scratch.serving import BatchEngine, TextPiece
 from llm_scratch.tokenization import HubTokenizer
@@ -618,6 +619,27 @@ def test_grace_has_an_end():
         assert process.wait(30) == 0 and time.monotonic()-start < 20
         try: assert not running.result().text.endswith(SSE_DONE)
         except httpx.HTTPError: pass
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "::1"])
+def test_small_pieces_do_not_wait_for_each_other(host):
+    "asyncio sets the option on sockets that name their protocol only; without it each stream waits 40 ms for an acknowledgement."
+    try: sock = _listening(host, 0)
+    except UserError as e: pytest.skip(str(e))
+    with sock, socket.create_connection(sock.getsockname()[:2]):
+        accepted,_ = sock.accept()
+        with accepted: assert accepted.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)
+
+
+def test_a_model_with_more_ids_than_its_tokenizer():
+    "Sizes are rounded up in many models of the Hub: what has no bytes says nothing, and breaks nothing."
+    tok = tiny_tokenizer()
+    said = [65, tok.vocab_size+3, 66]
+    with background_server(make_app(Served(Scripted(lambda job: said), tok, CHAT_TEMPLATE, "padded", 256))) as url:
+        chat = post(url, max_tokens=3, logprobs=True, top_logprobs=2)
+        text = post(url, "completions", prompt="a", max_tokens=3, logprobs=2)
+    assert chat.status_code == text.status_code == 200 and chat.json()["choices"][0]["message"]["content"] == text.json()["choices"][0]["text"] == "AB"
+    assert [t["bytes"] for t in chat.json()["choices"][0]["logprobs"]["content"]] == [[65], [], [66]]
 
 
 @pytest.fixture(scope="module")

@@ -155,6 +155,33 @@ def test_the_playground_is_on_its_page(site):
     assert sum(m["model_name"] == "LinkModel" for m in state) == len(chunks)+1
 
 
+def test_the_model_talks_on_the_site(site):
+    "The page beside the chapters: in the side bar, within the budget, and its greedy text is that of ONNX Runtime."
+    if not CHROMIUM: pytest.skip("there is no Chromium here: apt-get install chromium, or set CHROMIUM")
+    torch, deployment = pytest.importorskip("torch"), pytest.importorskip("llm_scratch.deployment")
+    pytest.importorskip("onnxruntime", reason="the text is compared with that of ONNX Runtime: pip install -e '.[deploy]'")
+    from llm_scratch.browser import BUDGET, open_pack, page_bytes
+    from llm_scratch.generation import generate
+    from llm_scratch.tokenization import HubTokenizer
+    assert 'href="talk.html">Talk to the model<' in (site/"index.html").read_text(encoding="utf-8") and page_bytes(site/"talk") < BUDGET
+    facts, decoder = open_pack(ROOT/"docs"/"demo"), deployment.OnnxDecoder(ROOT/"docs"/"demo"/"model.onnx")
+    tok, most = HubTokenizer(ROOT/"docs"/"demo", facts["eot_id"]), facts["sizes"]["context_len"]
+    prompt = "# Tomato Soup\n\nIngredients:\n" + "- 1 onion, chopped\n- 2 cups tomatoes\n"*30
+    while len(tok.encode(prompt)) > most-40: prompt = prompt[:-1] # little is left to be written
+    with subprocess.Popen([sys.executable, "-u", "-m", "http.server", "0", "--bind", "127.0.0.1", "--directory", site], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True) as server:
+        try:
+            url = f"http://127.0.0.1:{re.search('port ([0-9]+)', server.stdout.readline())[1]}/talk.html"
+            done = subprocess.run(["node", ROOT/"tests"/"talk.mjs", url, "--brief", "--prompt", prompt], env=os.environ | dict(CHROMIUM=CHROMIUM), capture_output=True, text=True, timeout=300, check=False)
+        finally: server.kill()
+    assert done.stdout, done.stderr
+    said = json.loads(done.stdout)
+    assert said["problems"] == [] and said["before"]["loaded"] == []
+    assert "Ingredients:\n- " in said["ready"]["text"] and "\nSteps:\n1. " in said["ready"]["text"] # the first text is a recipe
+    ids = [facts["eot_id"], *tok.encode(prompt)]
+    new = generate(decoder, torch.tensor([ids]), most-len(ids), temperature=0, stop_id=facts["eot_id"])[0, len(ids):].tolist()
+    assert len(new) > 20 and said["texts"][0]["text"] == prompt+tok.decode(i for i in new if i != facts["eot_id"])
+
+
 # --- a book made up for what the real one may not have --------------------------------------------------------------
 
 def slider()->tuple[dict, dict]:
