@@ -83,7 +83,7 @@ from .rates import cosine, linear
 from .report import compare_runs, cost_figure, html_page, html_table, item_rows, language_rows, loss_figure, nats_of_docs, reliability_figure, report_row, speed_gates, speed_rows, svg_of, task_figure, task_rows, text_tasks, writing_rows
 from .safety import Section, Subject, assistant_subject, competence, endpoint_subject, model_subject
 from .server import Limits, Served, ask_server, log_requests, make_app, read_keys, run_server
-from .serving import BatchEngine, fast_slots
+from .serving import BatchEngine
 from .sources import Stage, open_streams
 from .stability import compile_auto, explained
 from .tokenization import HubTokenizer, Shards, Tokenizer, load_tokenizer, save_tokenizer, train_bpe, write_shards
@@ -1523,7 +1523,7 @@ def open_served(
     if home: model,tok,template = open_assistant(home)
     else: (model,tok),template = _open_model(folder, None) if is_run else open_hub(folder),None
     shield = load_policy(guard, FULL_KIT) if guard else None
-    return Served(BatchEngine(fast_slots(model), n_slots=slots, max_waiting=waiting), tok, template, name or folder.resolve().name, model.cfg.context_len, shield)
+    return Served(BatchEngine(model, n_slots=slots, max_waiting=waiting), tok, template, name or folder.resolve().name, model.cfg.context_len, shield)
 
 def _env(name:str)->str: return f"LLM_SCRATCH_{name}" # every option of `serve` can be given by the environment, as containers do
 
