@@ -492,8 +492,8 @@ def check_parity(
 GATE_PROMPTS:tuple[str, ...] = tuple(f"{opening} {thing}" for opening in ("The history of", "How to make", "Once upon a time there was", "In the kitchen we need", "The law says that", "Mix the flour with",
     "Many people believe that", "Why does", "The first part of", "She looked at") for thing in ("bread", "the old city", "a small river", "music", "winter")) # fifty beginnings, for the gate
 
-def _open_tokenizer(folder:Path)->HubTokenizer:
-    ids,last = load_special_ids(folder),lambda x: x[-1] if isinstance(x, list) else x # of several ends, that of a text is named last
+def _tokenizer(folder:Path, ids:Mapping[str, object])->HubTokenizer: # with the special ids that were read
+    last = lambda x: x[-1] if isinstance(x, list) else x # of several ends, that of a text is named last
     if "eos_token_id" not in ids: raise UserError(f"{folder/'config.json'} does not say which id ends a text (eos_token_id)")
     return HubTokenizer(folder, last(ids["eos_token_id"]), last(ids.get("bos_token_id")))
 
@@ -529,7 +529,8 @@ def save_bundle(
     home,target,kinds = Path(home),Path(target),dict(kinds or {})
     if wrong := [name for name in kinds if name == "fp32" or not re.fullmatch(r"[a-z0-9_.-]+", name)]: raise UserError(f"a kind can't be called {wrong[0]!r}: small letters, digits, - and _, and not fp32, which is always there")
     _check_free(target, "bundle.json")
-    model,tok,ids = load_hf(home).float(),_open_tokenizer(home),load_special_ids(home)
+    model,ids = load_hf(home).float(),load_special_ids(home)
+    tok = _tokenizer(home, ids)
     if not isinstance(model, Decoder): raise UserError(f"{home} holds a {type(model).__name__}: bundles are made of decoders; export_onnx writes the others")
     prompts = _prompts(tok, texts)
     with atomic_path(target) as new:
@@ -561,8 +562,7 @@ def open_bundle(
     check_seal(folder, "bundle", ["bundle.json", "fp32.onnx", "tokenizer.json"], _REMEDY)
     said = read_json(folder/"bundle.json", _REMEDY)
     if kind not in said["kinds"]: raise UserError(f"{folder} has no kind {kind!r}: it has {', '.join(said['kinds'])}")
-    ids,last = said["special_ids"],lambda x: x[-1] if isinstance(x, list) else x
-    return OnnxDecoder(folder/said["kinds"][kind]["file"], n_threads=n_threads), HubTokenizer(folder, last(ids["eos_token_id"]), last(ids.get("bos_token_id")))
+    return OnnxDecoder(folder/said["kinds"][kind]["file"], n_threads=n_threads), _tokenizer(folder, said["special_ids"])
 
 # %% ../nbs/10_deployment.ipynb #100045
 class GenaiCache(Cache):
@@ -629,7 +629,8 @@ def save_genai(
     home,target = Path(home),Path(target)
     if precision not in GENAI_PRECISIONS: raise UserError(f"precision={precision!r}: give one of {', '.join(GENAI_PRECISIONS)}")
     _check_free(target, "bundle.json")
-    model,tok,ids = load_hf(home).float(),_open_tokenizer(home),load_special_ids(home)
+    model,ids = load_hf(home).float(),load_special_ids(home)
+    tok = _tokenizer(home, ids)
     if not isinstance(model, Decoder): raise UserError(f"{home} holds a {type(model).__name__}: GenAI's builder makes decoders")
     if model.cfg.d_head % 16: raise UserError(f"d_head={model.cfg.d_head} is not a multiple of 16, as GenAI's attention wants it: save_bundle makes a folder that GenAI opens, too")
     with atomic_path(target) as new:
@@ -643,6 +644,7 @@ def save_genai(
         seal(new, "genai", sorted(p.name for p in new.iterdir() if p.is_file()))
     return target
 
+# %% ../nbs/10_deployment.ipynb #10004a5
 def open_genai(
     folder:str|Path, # written by `save_genai`
     *,
@@ -651,5 +653,4 @@ def open_genai(
     "Open such a folder after checking its seal; `UserError` names the file at fault."
     folder = Path(folder)
     check_seal(folder, "genai", ["bundle.json", "genai_config.json", "tokenizer.json"], _REMEDY)
-    ids,last = read_json(folder/"bundle.json", _REMEDY)["special_ids"],lambda x: x[-1] if isinstance(x, list) else x
-    return GenaiDecoder(folder, n_threads=n_threads), HubTokenizer(folder, last(ids["eos_token_id"]), last(ids.get("bos_token_id")))
+    return GenaiDecoder(folder, n_threads=n_threads), _tokenizer(folder, read_json(folder/"bundle.json", _REMEDY)["special_ids"])

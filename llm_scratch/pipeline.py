@@ -1379,6 +1379,7 @@ def _chat_verb(
         _talk(lambda messages, **seed: reply(*assistant[:2], messages, template=assistant.template, **seed), **how)
     else: _continue(*_open_model(run, preset), **how)
 
+# %% ../nbs/12_pipeline.ipynb #678fdc24
 def _talk(answer:Callable[..., Iterator[str]], **how)->None: # a dialogue, a seed and dials to pieces of text
     "A dialogue; what was said before is known, as far as the context goes."
     print("Ask for a recipe, or what something is. Ctrl-C stops an answer, an empty line ends.", file=sys.stderr)

@@ -675,6 +675,7 @@ class _Door:
             if code := row.get("code") or (str(seen["status"]) if seen["status"] >= 400 else None): self.state.metrics("errors", code).inc()
             if route not in ("/healthz", "/readyz", "/metrics"): _log.info(json.dumps(dict(time=round(time.time(), 3), method=scope["method"], route=route, status=seen["status"], ms=round(1000*(time.monotonic()-start), 1)) | row))
 
+# %% ../nbs/10c_server.ipynb #10c0945
 def _error_response(e:ApiError)->object:
     from starlette.responses import Response
     return Response(json.dumps(error_body(e)), e.status, e.headers, "application/json")

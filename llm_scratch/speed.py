@@ -270,6 +270,7 @@ def quick_exp(
     scale_N = power_N.view(np.float32)
     for i in range(len(x_N)): x_N[i] *= scale_N[i]
 
+# %% ../nbs/10i_speed.ipynb #10i0225
 @machine_code
 def quick_attend(
     q_K:np.ndarray, # one query
