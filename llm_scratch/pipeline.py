@@ -7,10 +7,10 @@ __all__ = ['PRESETS', 'BRIEFS', 'IMPORT', 'Watch', 'CLEANING', 'JUDGES', 'MOST_R
            'Preset', 'cpu', 'gpu', 'cluster', 'open_brief', 'briefed', 'Run', 'open_run', 'start_run', 'quietly',
            'cleaning_stages', 'prepare_documents', 'prepare_tokens', 'read_log', 'preset_layout', 'check_memory',
            'free_bytes', 'pretrain', 'model_card', 'save_pretrained', 'write_texts', 'read_results', 'evaluate_run',
-           'run_verdicts', 'scorecard', 'save_scorecard', 'save_report', 'stream_text', 'main', 'tune_clauses',
-           'tune_chat', 'prefer_chat', 'preset_plan', 'preset_rows', 'is_imported', 'import_hf', 'import_gguf',
-           'open_hub', 'open_imported', 'export_hf', 'export_gguf', 'find_assistant', 'open_subject', 'judged_clauses',
-           'open_guard', 'attack_again', 'audit_parts', 'open_served', 'export_bundle']
+           'run_verdicts', 'save_report', 'stream_text', 'main', 'tune_clauses', 'no_room_to_talk', 'tune_chat',
+           'prefer_chat', 'preset_plan', 'preset_rows', 'is_imported', 'import_hf', 'import_gguf', 'open_hub',
+           'open_imported', 'export_hf', 'export_gguf', 'find_assistant', 'open_subject', 'judged_clauses',
+           'open_guard', 'attack_again', 'audit_parts', 'open_served', 'export_bundle', 'tuned_for', 'run_legs']
 
 # %% ../nbs/12_pipeline.ipynb #0e203540
 import codecs
@@ -67,6 +67,7 @@ from .harness import ModelScorer, NGramScorer, Task, TaskResult, baselines, stan
 from .infrastructure import HardwareSampler, doctor_rows, hardware_report, local_preflight, measured_rows, preflight_rank, read_memory
 from .injection import FULL_KIT, audit_injection, hardened
 from .interchange import TOKENIZER_FILES, copy_tokenizer, find_tensors, load_hf, load_special_ids, save_hf
+from .journey import Leg, planned_steps, walk, write_decision, write_design, write_machine
 from .launching import WAYS, launch, launch_text, make_job
 from .llamacpp import load_gguf, read_gguf, save_gguf, write_modelfile
 from .memorisation import audit_memorisation
@@ -80,7 +81,8 @@ from .pretraining import Batches, Step, TrainState, load_checkpoint, make_adamw,
 from .privacy import RedactPII
 from .quantization import CONVERTERS
 from .rates import cosine, linear
-from .report import compare_runs, cost_figure, html_page, html_table, item_rows, language_rows, loss_figure, nats_of_docs, reliability_figure, report_row, speed_gates, speed_rows, svg_of, task_figure, task_rows, text_tasks, writing_rows
+from .report import compare_runs, cost_figure, html_page, html_table, item_rows, language_rows, loss_figure, nats_of_docs, reliability_figure, report_row, speed_rows, svg_of, task_figure, task_rows, text_tasks, writing_rows
+from .scorecard import STEPS, folder_verdicts, save_scorecard
 from .safety import Section, Subject, assistant_subject, competence, endpoint_subject, model_subject
 from .server import Limits, Served, ask_server, log_requests, make_app, read_keys, run_server
 from .serving import BatchEngine
@@ -667,8 +669,8 @@ def evaluate_run(
     write_json_lines(run.results, rows)
     write_json_lines(run.items, list(item_rows(seen.items | {f"right, {s.task}":[(m, 1) for m in s.marks] for s in standings})))
     write_json_lines(run.speed, _speed(run, model))
-    save_scorecard(run)
     save_report(run, seen, standings)
+    save_scorecard(run.folder)
     return rows
 
 def _speed(run:Run, model:Decoder)->list[dict]:
@@ -678,18 +680,6 @@ def _speed(run:Run, model:Decoder)->list[dict]:
     return speed_rows(model, torch.tensor([given]), min(64, model.cfg.context_len-len(given)), sum(map(len, docs))/sum(len(t.split()) for t in texts))
 
 # %% ../nbs/12_pipeline.ipynb #1c70ddc2
-def _figure(run:Run)->str:
-    "Loss over the run, and lengths of the documents, as SVG."
-    from matplotlib.figure import Figure
-    log,texts = read_log(run),_texts(load_documents(run.documents)["train"], MOST_READ)
-    width = max(1, len(log)//50)
-    smooth = np.convolve([row["loss"] for row in log], np.ones(width)/width, "valid")
-    fig = Figure(figsize=(8, 2.6), layout="constrained")
-    left,right = fig.subplots(1, 2)
-    left.plot(range(width, width+len(smooth)), smooth); left.set(xlabel="update", ylabel="nats per token", title=f"training loss, mean of {width}")
-    right.hist([len(t.encode("utf-8")) for t in texts], bins=40); right.set(xlabel="bytes", ylabel="documents", title="lengths of the training texts")
-    return svg_of(fig)
-
 def _facts(run:Run)->list[tuple[str, str]]:
     "What the run was, in words and numbers."
     p,log = run.preset,read_log(run)
@@ -708,26 +698,14 @@ def run_verdicts(
     run:Run, # evaluated
 )->list[Verdict]: # one for each gate that `evaluate` can judge; none without a brief
     "Which promises of the run's brief were kept: its gates, and how long its users wait."
-    if not run.brief.exists(): return []
-    brief = load_brief(run.brief)
-    timed = [g for g in speed_gates(brief) if g.metric not in {own.metric for own in brief.gates}]
-    return check_gates(replace(brief, gates=(*brief.gates, *timed)), [*read_results(run), *read_json_lines(run.speed)], "evaluate")
+    if run.brief.exists() and not run.results.exists(): raise _missing(run, run.results, "evaluate")
+    return [v for v in folder_verdicts(run.folder) if v.gate.step == "evaluate"]
 
-def _wished(rows:list[dict])->list[dict]: return [r for r in rows if r["goal"] or r["name"].startswith("bits per byte")] # what a scorecard shows; the report has all
+def _wished(rows:list[dict])->list[dict]: return [r for r in rows if r["goal"] or r["name"].startswith("bits per byte")] # what is printed; the report has all
 
 _PROMISES = "promised","found","verdict"
 _COLUMNS = "step","figure","value ± standard error","n","goal"
 
-def scorecard(
-    run:Run, # evaluated
-)->str: # Markdown
-    "What the run was and how good its model is."
-    kept = [f"| {' | '.join(row)} |" for row in gate_rows(run_verdicts(run))]
-    lines = ["# Scorecard", "", "| | |", "|---|---|", *(f"| {k} | {v} |" for k,v in _facts(run)), "",
-             f"| {' | '.join(_COLUMNS)} |", "|---|---|---|---|---|", *(f"| {' | '.join(row)} |" for row in _table(_wished(read_results(run)))), "",
-             *([f"| {' | '.join(_PROMISES)} |", "|---|---|---|", *kept, ""] if kept else [])]
-    for s in read_json(run.samples)[:3]: lines += ["```", s["text"].strip(), "```", ""]
-    return "\n".join(lines)
 
 # %% ../nbs/12_pipeline.ipynb #305b8eba
 def _promises(run:Run)->str: # HTML; empty without a brief
@@ -735,16 +713,6 @@ def _promises(run:Run)->str: # HTML; empty without a brief
 
 def _shown(run:Run, n:int)->str: # HTML
     return "".join(f"<pre>{escape(s['text'].strip())}</pre><small>shares {s['nearest']:.0%} of its runs of five words with the nearest training document</small>" for s in read_json(run.samples)[:n])
-
-def save_scorecard(
-    run:Run, # evaluated
-)->Path: # `scorecard.html`; `scorecard.md` is beside it
-    "Write the scorecard as Markdown and as one HTML file that needs nothing else."
-    page = html_page(f"Scorecard: {run.folder.name}", f"<h1>Scorecard</h1>{html_table(('run', run.folder.name), _facts(run))}<h2>How good</h2>{html_table(_COLUMNS, _table(_wished(read_results(run))))}",
-                     f'<p>All that was measured: <a href="{run.report.name}">{run.report.name}</a></p>', _promises(run), _figure(run), f"<h2>What it writes</h2>{_shown(run, 4)}")
-    for name,text in (("scorecard.md", scorecard(run)), ("scorecard.html", page)):
-        with atomic_path(run.folder/name) as new: new.write_text(text, encoding="utf-8")
-    return run.folder/"scorecard.html"
 
 def save_report(
     run:Run, # evaluated
@@ -914,7 +882,15 @@ def _evaluation(run:Run, questions:tuple[str, ...]=())->None:
     out.print(table)
     for s in read_json(run.samples)[:2]: out.print(f"\n{s['text'].strip()}")
     out.print(f"\nscorecard: {run.folder/'scorecard.html'}\nreport: {run.report}", soft_wrap=True)
-    if (kept := run_verdicts(run)) and not gates_hold(kept): _fail(f"{sum(v.outcome != 'pass' for v in kept)} of {len(kept)} gates of {run.brief} were not shown to hold: {'; '.join(f'{gate} ({outcome})' for gate,_,outcome in gate_rows(kept) if outcome != 'pass')}", 1)
+
+def _broken(kept:list[Verdict])->str: # empty where all hold, or there are none
+    "Which gates were not shown to hold."
+    return f"{sum(v.outcome != 'pass' for v in kept)} of {len(kept)} gates were not shown to hold: {'; '.join(' '.join(row) for row,v in zip(gate_rows(kept), kept) if v.outcome != 'pass')}" if kept and not gates_hold(kept) else ""
+
+def _gates(kept:list[Verdict])->None:
+    "Status 1 if a gate was not shown to hold."
+    if wrong := _broken(kept): _fail(wrong, 1)
+
 
 # %% ../nbs/12_pipeline.ipynb #ed59a32a
 def _walk(name:str, does:str, *steps:Callable[[Run], None])->None:
@@ -934,7 +910,9 @@ _walk("tokenize", "Learn a tokenizer and write the texts as ids.", _tokens)
 @_verb("evaluate")
 def _evaluate_verb(run:_RunOption=None, preset:_PresetOption=None, depth:_DepthOption=None, seed:_SeedOption=None, questions:Annotated[str, typer.Option(help=f"sets of others to ask too, with commas: {', '.join(QUESTION_SETS)}", show_default=False)]="")->None:
     "Measure the model, write the scorecard and the report; status 1 if a gate of the brief was not shown to hold."
-    _evaluation(_begin(run, preset, depth, seed), _names(questions))
+    r = _begin(run, preset, depth, seed)
+    _evaluation(r, _names(questions))
+    _gates(run_verdicts(r))
 
 @_verb("compare")
 def _compare_verb(runs:Annotated[list[Path], typer.Argument(metavar="RUN...", help="evaluated run directories, at least two", show_default=False)], figure:Annotated[str, typer.Option(help="of the report", show_default="the first that all have")]=None)->None:
@@ -981,6 +959,12 @@ def tune_clauses(
 def _dialogues(run:Run)->tuple[list[Dialogue], list[Dialogue]]: # to learn from, and held out
     unread = [t.partition("\n")[0].removeprefix("# ") for t in load_documents(run.documents)["validation"]["text"]] # nobody is taught about these
     return split_by_title([*book_dialogues(), *given_dialogues(*map(read_source, ("recipes", "encyclopaedia")))], titles=unread)
+
+def no_room_to_talk(
+    p:Preset, # of a run
+)->str: # empty where there is
+    "Why a model of this preset can't be made an assistant."
+    return f"a context of {p.context_len} tokens holds no dialogue, 256 would" if p.context_len < 256 else ""
 
 def tune_chat(
     run:Run, # with a model
@@ -1054,7 +1038,7 @@ def _finetune_verb(run:_RunOption=None, preset:_PresetOption=None, task:Annotate
         for _,figure,value,n,_ in _table(rows): out.print(f"{figure:52} {value}", soft_wrap=True)
     out.print(f"tuned: {r.tuned}", soft_wrap=True)
     kept = check_gates(load_brief(r.brief), read_json_lines(r.tuned/f"{task}.jsonl"), "finetune") if r.brief.exists() and task == "clauses" else []
-    if kept and not gates_hold(kept): _fail(f"{sum(v.outcome != 'pass' for v in kept)} of {len(kept)} gates of {r.brief} were not shown to hold: {'; '.join(' '.join(row) for row in gate_rows(kept))}", 1)
+    _gates(kept)
 
 # %% ../nbs/12_pipeline.ipynb #ed59a32b
 _EngineOption = Annotated[str, typer.Option("--engine", help=f"{', '.join(ENGINES)}: who trains; all but plain want to be launched", show_default="the preset's")]
@@ -1131,28 +1115,6 @@ def preset_rows(
             ("training", f"{p.n_steps:,} updates, {p.optimizer} at {p.lr:g} of its rates, {p.schedule}, warmup {'as usual' if p.warmup is None else p.warmup}, clipped to length {p.max_norm:g}"),
             *(row for row in plan_rows(plan) if row[0] not in ("start", "note", *(("energy", "money") if p.device == "cpu" else ()))), ("start", start), ("here", _here(p)),
             *([("honestly", "this preset was planned, and its tiny twin was trained; the whole of it was never run for this book")] if p.device == "cuda" else [])]
-
-# %% ../nbs/12_pipeline.ipynb #f6run001c
-@_verb("run")
-def _run_verb(
-    run:_RunOption=None, preset:_PresetOption=None, depth:_DepthOption=None, seed:_SeedOption=None, sources:_SourcesOption=None, clean:_CleanOption=None, keep_out:_KeepOutOption=None, brief:_BriefOption=None, workers:_WorkersOption=1,
-    lr:_LrOption=None, schedule:_ScheduleOption=None, warmup:_WarmupOption=None, n_micro:_MicroOption=None, recompute:_RecomputeOption=None,
-    dry_run:Annotated[bool, typer.Option("--dry-run", help="say what it is, what it needs and how long it takes, and start nothing")]=False,
-    chip:Annotated[str, typer.Option(help=f"for --dry-run, {', '.join(CHIPS)}: what each process computes with", show_default="a100, or this CPU")]=None,
-)->None:
-    "Go through all steps, from text to scorecard; what is done already is not done again."
-    rates,how = dict(lr=lr, schedule=schedule, warmup=warmup),_given(n_micro=n_micro, recompute=recompute)
-    folder,wanted,_ = _wanted(run, preset, depth, sources, clean, keep_out, brief, **rates)
-    if dry_run: return _print_rows(preset_rows(replace(wanted, **how), folder, chip))
-    trained = _trained_as(wanted, **how)
-    if trained.engine != "plain" and "RANK" not in os.environ: raise UserError(f"preset {wanted.name} trains with {wanted.engine} in {wanted.nodes*wanted.per_node} processes: give `llm-scratch data`, `tokenize` and `launch` in its place, each with --run {folder}; --dry-run says what it takes")
-    engine = _placed(make_engine(trained.engine, precision=trained.precision, zero_stage=trained.zero_stage), trained)
-    check_memory(trained, preset_layout(trained, 1), free_bytes(engine.device))
-    r = _begin(run, preset, depth, seed, sources, clean, keep_out, brief, **rates)
-    _documents(r, workers)
-    _tokens(r)
-    _training(replace(r, preset=_trained_as(r.preset, **how)), engine)
-    _evaluation(r)
 
 # %% ../nbs/12_pipeline.ipynb #ed59a32c
 def _rank_program(run:Path, options:dict[str, object])->list[str]: # a module and its arguments; options that are None, False or empty are left out
@@ -1476,6 +1438,24 @@ def audit_parts(
     if run and run.documents.exists(): parts["memorisation"] = lambda: audit_memorisation(subject, texts("train"), texts("validation"), n_asked=100, seed=seed)
     return [AuditPart(name, does, seconds) for name,does in (parts | dict(injection=lambda: audit_injection(subject, seed=seed), energy=lambda: energy_section(run_facts(run and run.folder)))).items()]
 
+# %% ../nbs/12_pipeline.ipynb #a9verb04b
+def _audited(subject:Subject, weights:Path|None, home:Path|None, r:Run|None, promised:Brief|None, shield:Callable[[], Safeguard], at:Path, folder:Path, *, seed:int=0, minutes:float=30., only:tuple[str, ...]=(), licence:str|None=None)->tuple[list[Verdict], list[str]]: # of the gates; parts that were not finished
+    "Do the parts that are wanted, all if none is named, and say how each ended."
+    parts = audit_parts(subject, shield, (home or folder)/"breaks.jsonl", r, seed, 60*minutes)
+    wanted = only or [p.name for p in parts]
+    if unknown := [n for n in wanted if n not in {p.name for p in parts}]: raise UserError(f"{unknown[0]} is no part that can be asked of {subject.name}: give some of {', '.join(p.name for p in parts)}")
+    files = ([] if weights is None else sorted(weights.glob("*.safetensors"))) + ([at/"policy.json"] if "guard" in wanted and shield() else [])
+    say,open_ = _console().print,[]
+    def told(end:Ended)->None:
+        say(f"{end.name:12}  {f'{len(end.section.rows)} figures' if end.state == 'done' else f'{end.state}: {end.why}'}, {end.seconds:.0f} s", soft_wrap=True)
+        if end.state != "done": open_.append(end.name)
+    kept = audit_all([p for p in parts if p.name in wanted], folder, audit_about(subject, files, seed=seed), promised, home, licence, told)
+    say(f"report: {folder/'report.html'}", soft_wrap=True)
+    return kept,open_
+
+def _shield(at:Path, promised:Brief|None)->Callable[[], Safeguard]: return cache(lambda: open_guard(at, guard_level(promised) if promised else "block")) # made when it is first asked for
+
+
 # %% ../nbs/12_pipeline.ipynb #a9verb05
 @_verb("audit")
 def _audit_verb(
@@ -1494,20 +1474,12 @@ def _audit_verb(
     subject,weights = (endpoint_subject(endpoint, model, timeout=timeout, key=key or None),None) if endpoint else open_subject(home, tuned)
     folder = out or (home or Path("."))/("audit-guarded" if behind_guard else "audit")
     at = guard or (home or folder)/"guard"
-    shield = cache(lambda: open_guard(at, guard_level(promised) if promised else "block"))
+    shield = _shield(at, promised)
     if behind_guard: subject = guarded(subject, shield())
-    parts = audit_parts(subject, shield, (home or folder)/"breaks.jsonl", r, seed, 60*minutes)
-    wanted = _names(only) if only else [p.name for p in parts]
-    if unknown := [n for n in wanted if n not in {p.name for p in parts}]: raise UserError(f"{unknown[0]} is no part that can be asked of {subject.name}: give some of {', '.join(p.name for p in parts)}")
-    files = ([] if weights is None else sorted(weights.glob("*.safetensors"))) + ([at/"policy.json"] if "guard" in wanted and shield() else [])
-    say,open_ = _console().print,[]
-    def told(end:Ended)->None:
-        say(f"{end.name:12}  {f'{len(end.section.rows)} figures' if end.state == 'done' else f'{end.state}: {end.why}'}, {end.seconds:.0f} s", soft_wrap=True)
-        if end.state != "done": open_.append(end.name)
-    kept = audit_all([p for p in parts if p.name in wanted], folder, audit_about(subject, files, seed=seed), promised, home, licence, told)
-    say(f"report: {folder/'report.html'}", soft_wrap=True)
-    broken = [*([f"{', '.join(open_)} not finished"] if open_ else []), *([f"{sum(v.outcome != 'pass' for v in kept)} of {len(kept)} gates were not shown to hold: {'; '.join(' '.join(row) for row in gate_rows(kept))}"] if kept and not gates_hold(kept) else [])]
-    if broken: _fail("; ".join(broken), 1)
+    kept,open_ = _audited(subject, weights, home, r, promised, shield, at, folder, seed=seed, minutes=minutes, only=_names(only), licence=licence)
+    if open_: _fail(f"{', '.join(open_)} not finished" + (f"; {_broken(kept)}" if _broken(kept) else ""), 1)
+    _gates(kept)
+
 
 # %% ../nbs/12_pipeline.ipynb #c10serve
 def open_served(
@@ -1574,6 +1546,87 @@ def _export_verb(
     if genai: said = dict(genai=read_json(save_genai(_model_home(_home(run, preset), tuned), target, genai)/"bundle.json"))
     else: said = read_json(export_bundle(_home(run, preset), target, tuple(filter(None, (k.strip() for k in kinds.split(",")))), tuned)/"bundle.json")["kinds"]
     for row in said.values(): _console().print(f"export    {target/row.get('file', 'model.onnx')}: {row['bytes']/1e6:.1f} MB, {row['parity']['kl']:.1g} nats per position from the model", soft_wrap=True)
+
+# %% ../nbs/12_pipeline.ipynb #w1walk01
+def _own_brief(run:Run, named:str|None)->Brief|None:
+    "The brief of a run: what was given, or the book's own for the book's recipes."
+    if not named and not run.brief.exists() and run.preset.sources == ("recipes",): save_brief(replace(RECIPES_BRIEF, texts=("recipes",)), run.brief)
+    return load_brief(run.brief) if run.brief.exists() else None
+
+def tuned_for(
+    brief:Brief|None, # of a run
+)->str: # clauses or chat
+    "What a model is tuned for: what its brief promises of tuning, else to answer."
+    return "clauses" if brief and any(g.step == "finetune" for g in brief.gates) else "chat"
+
+def _plan_leg(run:Run, named:str|None)->None: _console().print(f"plan      {write_decision(run.folder, _own_brief(run, named)).read_text(encoding='utf-8').splitlines()[0]}", soft_wrap=True)
+
+def _here_plan(p:Preset)->TrainingPlan: # for one process on this machine
+    return preset_plan(replace(p, nodes=1, per_node=1), replace(CHIPS["laptop"], memory=free_bytes()/.95, reserved=0.) if p.device == "cpu" else CHIPS["a100"])
+
+def _tune_leg(run:Run, task:str)->None:
+    if task == "clauses": tune_clauses(run, watch=_track())
+    else: tune_chat(run, min(300, run.preset.n_steps), _track())
+    _console().print(f"finetune  {task} in {run.tuned}", soft_wrap=True)
+
+def _audit_leg(run:Run, promised:Brief|None)->None:
+    at = run.folder/"guard"
+    _audited(*open_subject(run.folder, "chat"), run.folder, run, promised, _shield(at, promised), at, run.folder/"audit", seed=run.seed)
+
+
+# %% ../nbs/12_pipeline.ipynb #w1walk02
+def run_legs(
+    run:Run, # begun
+    train:Callable[[], object], # what the step pretrain does
+    brief:str|None=None, # as the user named it
+    workers:int=1, # processes that clean
+)->list[Leg]: # the ten steps and a turn of the loop
+    "The walk of a run."
+    promised = lambda: load_brief(run.brief) if run.brief.exists() else None
+    task = lambda: tuned_for(promised())
+    silent = lambda: "" if task() == "clauses" else no_room_to_talk(run.preset)
+    is_file = lambda *names: (run.folder.joinpath(*names)).is_file
+    return [Leg("plan", lambda: _plan_leg(run, brief), is_file("decision.md")), Leg("design", lambda: write_design(run.folder, run.preset.config, promised()), is_file("design.json")),
+            Leg("data", lambda: _documents(run, workers), run.documents.exists), Leg("tokenize", lambda: _tokens(run), lambda: all((run.tokens/s).exists() for s in ("train", "validation"))),
+            Leg("prepare", lambda: write_machine(run.folder, _here_plan(run.preset)), is_file("machine.json")), Leg("pretrain", train, run.model.exists),
+            Leg("evaluate", lambda: _evaluation(run), is_file("report.html")), Leg("finetune", lambda: _tune_leg(run, task()), lambda: is_file("tuned", f"{task()}.jsonl")(), silent),
+            Leg("audit", lambda: _audit_leg(run, promised()), is_file("audit", "manifest.json"), lambda: no_room_to_talk(run.preset)), Leg("export", lambda: export_bundle(run.folder, run.folder/"bundle"), is_file("bundle", "bundle.json"))]
+
+
+# %% ../nbs/12_pipeline.ipynb #f6run001c
+def _print_plan(p:Preset, folder:Path, chip:str|None, brief:str|None)->None:
+    "What `--dry-run` says."
+    named = CHIPS[chip] if chip in CHIPS else CHIPS["a100"] if p.device == "cuda" else None
+    _print_rows(preset_rows(p, folder, chip))
+    plan = preset_plan(p, named) if named else _here_plan(p)
+    start = f"llm-scratch pretrain --run {folder}" if p.engine == "plain" else f"llm-scratch launch --run {folder}" + (f" --over ssh --hostfile hostfile --nodes {p.nodes}" if p.nodes > 1 else "")
+    told = planned_steps(plan, folder, p.name, start, f" --brief {brief}" if brief else "", tuned_for(open_brief(brief) if brief else None))
+    print("\nEvery command, what it leaves, and what it takes:\n")
+    for verb,command,files,cost in told: print(f"{verb:9} {command}\n          {files}\n          {cost}")
+
+@_verb("run")
+def _run_verb(
+    run:_RunOption=None, preset:_PresetOption=None, depth:_DepthOption=None, seed:_SeedOption=None, sources:_SourcesOption=None, clean:_CleanOption=None, keep_out:_KeepOutOption=None, brief:_BriefOption=None, workers:_WorkersOption=1,
+    lr:_LrOption=None, schedule:_ScheduleOption=None, warmup:_WarmupOption=None, n_micro:_MicroOption=None, recompute:_RecomputeOption=None,
+    until:Annotated[str, typer.Option("--until", help=f"the last step to do, of {', '.join(STEPS)}", show_default="all")]="",
+    dry_run:Annotated[bool, typer.Option("--dry-run", help="print every command, file and cost that would follow, and start nothing")]=False,
+    chip:Annotated[str, typer.Option(help=f"for --dry-run, {', '.join(CHIPS)}: what each process computes with", show_default="a100, or this CPU")]=None,
+)->None:
+    "Go through all ten steps and one turn of the loop; what is done already is not done again. Status 1 if a gate of the brief was not shown to hold."
+    rates,how = dict(lr=lr, schedule=schedule, warmup=warmup),_given(n_micro=n_micro, recompute=recompute)
+    folder,wanted,_ = _wanted(run, preset, depth, sources, clean, keep_out, brief, **rates)
+    if dry_run: return _print_plan(replace(wanted, **how), folder, chip, brief)
+    trained = _trained_as(wanted, **how)
+    if trained.engine != "plain" and "RANK" not in os.environ: raise UserError(f"preset {wanted.name} trains with {wanted.engine} in {wanted.nodes*wanted.per_node} processes: give `llm-scratch data`, `tokenize` and `launch` in its place, each with --run {folder}; --dry-run says what it takes")
+    engine = _placed(make_engine(trained.engine, precision=trained.precision, zero_stage=trained.zero_stage), trained)
+    check_memory(trained, preset_layout(trained, 1), free_bytes(engine.device))
+    r = _begin(run, preset, depth, seed, sources, clean, keep_out, brief, **rates)
+    legs = run_legs(r, lambda: _training(replace(r, preset=_trained_as(r.preset, **how)), engine), brief, workers)
+    walk(r.folder, legs, until, partial(_console().print, soft_wrap=True))
+    print(f"scorecard: {r.folder/'scorecard.html'}")
+    done = [leg.verb for leg in legs if leg.done()]
+    _gates([v for v in folder_verdicts(r.folder) if v.gate.step in done])
+
 
 # %% ../nbs/12_pipeline.ipynb #1c596d92
 def _print_rows(rows:Iterable[tuple[str, str]])->None:
