@@ -885,7 +885,7 @@ def _evaluation(run:Run, questions:tuple[str, ...]=())->None:
 
 def _broken(kept:list[Verdict])->str: # empty where all hold, or there are none
     "Which gates were not shown to hold."
-    return f"{sum(v.outcome != 'pass' for v in kept)} of {len(kept)} gates were not shown to hold: {'; '.join(' '.join(row) for row,v in zip(gate_rows(kept), kept) if v.outcome != 'pass')}" if kept and not gates_hold(kept) else ""
+    return f"{sum(v.outcome != 'pass' for v in kept)} of {len(kept)} gates were not shown to hold: {'; '.join(f'{gate}, found {found} ({outcome})' for gate,found,outcome in gate_rows(kept) if outcome != 'pass')}" if kept and not gates_hold(kept) else ""
 
 def _gates(kept:list[Verdict])->None:
     "Status 1 if a gate was not shown to hold."

@@ -282,13 +282,13 @@ def _smaller(folder:Path)->Iterator[str]:
     if near: yield f"Serve the kind {(k := min(near, key=lambda k: near[k]['bytes']))}: {near[k]['bytes']/kinds['fp32']['bytes']:.0%} of the size, {near[k]['parity']['kl']:.1g} nats per position from the model (chapter 10a)."
 
 def _again(folder:Path)->Iterator[str]:
-    if turns := _turns(folder): yield f"Another turn of the loop, the last was {turns[-1]['outcome']}: llm-scratch improve --run {folder} (chapter 11)."
+    if turns := _turns(folder): yield f"Another turn of the loop, the last was {turns[-1]['outcome']}: llm-scratch improve (chapter 11)."
 
 def next_steps(
     folder:Path, # of a run
 )->list[str]: # sentences, the most urgent first
     "What the figures of a run suggest."
-    not_done = (f"The step {verb} is not done: llm-scratch run --run {folder} goes on with it." for verb,(_, tell) in STEPS.items() if tell(folder) is None)
+    not_done = (f"The step {verb} is not done: llm-scratch run goes on with it." for verb,(_, tell) in STEPS.items() if tell(folder) is None)
     return [line for rule in (_broken, _reading, _facts, _smaller, _again) for line in rule(folder)] + list(not_done)[:1]
 
 # %% ../nbs/11g_scorecard.ipynb #11g051
@@ -298,7 +298,7 @@ def _cost_words(c:Cost)->str: return f"{clock(c.seconds)}, {c.cpu_seconds:,.0f} 
 
 def _section(n:int, name:str, verb:str, told:Told|None, took:list[dict])->str: # HTML
     "One row of the card."
-    took = f" <small>{_cost_words(cost_of(took))}</small>" if took else ""
+    took = f" <small>{_cost_words(c)}</small>" if (c := cost_of(took)).seconds >= 1 else ""
     if told is None: return f'<div class="step open"><div><h3>{n or "↻"} {name}</h3><p>Not yet.{took}</p></div></div>'
     links = " · ".join(f'<a href="{escape(f)}">{escape(f)}</a>' for f in told.files)
     figure = f"<figure>{svg_of(told.figure)}</figure>" if told.figure is not None else ""
