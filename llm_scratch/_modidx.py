@@ -2057,6 +2057,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                   'llm_scratch/infrastructure.py'),
                                             'llm_scratch.infrastructure._text': ( 'infrastructure.html#_text',
                                                                                   'llm_scratch/infrastructure.py'),
+                                            'llm_scratch.infrastructure._thread_times': ( 'infrastructure.html#_thread_times',
+                                                                                          'llm_scratch/infrastructure.py'),
                                             'llm_scratch.infrastructure._times': ( 'infrastructure.html#_times',
                                                                                    'llm_scratch/infrastructure.py'),
                                             'llm_scratch.infrastructure._verdict': ( 'infrastructure.html#_verdict',

@@ -732,7 +732,7 @@ def gain():
 
 def timed(monkeypatch, usual, other):
     "Each way takes as long as we say; the products are done."
-    monkeypatch.setattr(infra, "_times", lambda work, rounds, device: (work(), [5*(t := other if SWITCH.fp32_precision == "bf16" else usual), t])[1])
+    monkeypatch.setattr(infra, "_thread_times", lambda work, rounds: (work(), [5*(t := other if SWITCH.fp32_precision == "bf16" else usual), t])[1])
 
 
 def test_a_faster_library_is_told_by_how_much(monkeypatch, gain):
@@ -752,8 +752,18 @@ def test_a_library_that_rounds_more_is_not_used(monkeypatch, gain):
     def rounding():
         with torch.autocast("cpu", torch.bfloat16): yield
     monkeypatch.setattr(infra, "_other_library", rounding)
-    monkeypatch.setattr(infra, "_times", lambda work, rounds, device: [1. if torch.is_autocast_enabled("cpu") else 3.])
+    monkeypatch.setattr(infra, "_thread_times", lambda work, rounds: [1. if torch.is_autocast_enabled("cpu") else 3.])
     assert gain() == 1.
+
+
+def test_the_choice_is_made_on_one_thread_and_leaves_the_threads_alone(gain):
+    n = torch.get_num_threads()
+    torch.set_num_threads(2)
+    seen = []
+    infra._thread_times(lambda: seen.append(torch.get_num_threads()), 3)
+    gain(64)
+    assert seen == [1]*4 and torch.get_num_threads() == 2
+    torch.set_num_threads(n)
 
 
 @pytest.mark.parametrize("faster, with_gpu, n_positions, expected", [(1.29, False, 64, (False, False)), (1.31, False, 64, (True, True)), (9., False, 512, (True, True)), (9., False, 513, (True, False)), (9., True, 64, (False, False))])
