@@ -3541,6 +3541,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                     'llm_scratch.server._operator_routes': ('server.html#_operator_routes', 'llm_scratch/server.py'),
                                     'llm_scratch.server._plain': ('server.html#_plain', 'llm_scratch/server.py'),
                                     'llm_scratch.server._question': ('server.html#_question', 'llm_scratch/server.py'),
+                                    'llm_scratch.server._rate': ('server.html#_rate', 'llm_scratch/server.py'),
+                                    'llm_scratch.server._record': ('server.html#_record', 'llm_scratch/server.py'),
                                     'llm_scratch.server._release': ('server.html#_release', 'llm_scratch/server.py'),
                                     'llm_scratch.server._reload': ('server.html#_reload', 'llm_scratch/server.py'),
                                     'llm_scratch.server._respond': ('server.html#_respond', 'llm_scratch/server.py'),

@@ -251,6 +251,7 @@ def _shapes()->dict[str, type]: # name to a class of pydantic
         messages:list[ChatMessage]|None = F(None, max_length=200)
         answer:str|None = F(None, max_length=100_000)
         comment:str|None = F(None, max_length=2000)
+        correction:str|None = F(None, max_length=100_000)
     class ErrorDetail(pydantic.BaseModel):
         message:str
         type:str
@@ -409,10 +410,11 @@ class ServerMetrics:
 # %% ../nbs/10c_server.ipynb #10c064
 class _Counting:
     "A guard that is counted."
-    def __init__(self, guard:Safeguard, metrics:ServerMetrics): self.guard,self.metrics = guard,metrics
+    def __init__(self, guard:Safeguard, metrics:ServerMetrics): self.guard,self.metrics,self.did = guard,metrics,[]
     def _told(self, side:str, text:str)->Decision:
         decision = self.guard.check(side, text)
         self.metrics("guard", side, decision.do).inc()
+        if decision.do != "pass": self.did.append(f"{side}:{decision.do}")
         return decision
     def check_input(self, text:str)->Decision: return self._told("input", text)
     def check_output(self, text:str)->Decision: return self._told("output", text)
@@ -445,11 +447,11 @@ class _State:
 # %% ../nbs/10c_server.ipynb #10c072
 class _Answering:
     "One request, from its jobs to its last token."
-    def __init__(self, state:_State, question:Question):
+    def __init__(self, state:_State, question:Question, guard:_Counting|None):
         self.state,self.question,self.held,self.start = state,question,state.held.take(),time.monotonic()
         served = self.held.served
         self.queue,self.tickets,self.first,self.n_new,self.n_cached = asyncio.Queue(),[],None,0,0
-        guard = served.guard and _Counting(served.guard, state.metrics)
+        self.did,self.ends = guard.did if guard else [],{}
         hold = hold_for(served.guard)
         self.hold = "whole" if hold != "nothing" and not question.stream else hold
         self.voices = [Voice(served.tokenizer, served.ends, question.stops, guard.check_output if hold != "nothing" else None, self.hold) for _ in question.jobs]
@@ -463,6 +465,7 @@ class _Answering:
             raise
 
     def _hear(self, i:int, piece:TextPiece)->None: # in the engine's thread
+        if piece.finish: self.ends[i] = piece.finish
         self.loop.call_soon_threadsafe(self.queue.put_nowait, (i, piece))
 
     def close(self)->None:
@@ -785,14 +788,14 @@ def make_app(
     *,
     keys:Sequence[str]=(), # that open it; none: everybody may ask
     origins:Sequence[str]=(), # web pages of other addresses that may ask, such as https://example.org
-    feedback:str|Path|None=None, # file for thumbs up and down; None: nobody is asked
+    feedback:object|None=None, # for thumbs up and down: a file, which gets JSON lines, or a store of chapter 11a, which keeps the numbers of each request, too; None: nobody is asked
     log_text:bool=False, # whether questions and answers go into the log
     reopen:Callable[[], Served]|None=None, # opens the model again, for a reload; None: there is none
     hosts:Sequence[str]|None=None, # names by which it may be asked, of `allowed_hosts`; None: all
 )->"fastapi.FastAPI": # an ASGI application
     "An OpenAI-compatible server."
     fastapi = optional_package("fastapi", "serve", "the server")
-    state = _State(served, limits, keys=tuple(keys), origins=tuple(origins), feedback=Path(feedback) if feedback else None, log_text=log_text, reopen=reopen)
+    state = _State(served, limits, keys=tuple(keys), origins=tuple(origins), feedback=feedback if hasattr(feedback, "add") else Path(feedback) if feedback else None, log_text=log_text, reopen=reopen)
     state.hosts = None if hosts is None else tuple(hosts)
     app = fastapi.FastAPI(title="llm_scratch", docs_url=None, redoc_url=None) # those two pages ask for files of others
     app.state.server = state
@@ -832,20 +835,33 @@ async def _answer(state:_State, request:"starlette.requests.Request", body:objec
     served = state.served
     if body.model and body.model != served.name: raise ApiError(404, f"there is no model {ascii(body.model)} here: ask for {served.name}", "model_not_found", "model")
     if name := unsupported(body.model_extra or {}): raise ApiError(400, f"{name} is not supported by this server: leave it out", "unsupported", name)
-    question = await asyncio.to_thread(read, body, served, state.limits, who, served.guard and _Counting(served.guard, state.metrics))
+    guard = served.guard and _Counting(served.guard, state.metrics)
+    question = await asyncio.to_thread(read, body, served, state.limits, who, guard)
     if state.served is not served: return await _answer(state, request, body, read, shape) # another model has come meanwhile, with ids of its own
-    answering = _Answering(state, question)
+    answering = _Answering(state, question, guard)
     row |= dict(stream=question.stream, n_prompt=sum(map(len, question.prompts)))
     if state.log_text: row["asked"] = body.model_dump(include={"messages", "prompt"})
     about = dict(id=f"{shape.prefix}-{row['id']}", created=int(time.time()), model=served.name)
     return await _respond(answering, request, shape, about)
 
 # %% ../nbs/10c_server.ipynb #10c106
-def _finish(answering:_Answering, row:dict)->None:
-    "The end of an answer, for the log."
+def _record(answering:_Answering, about:dict, seconds:float)->None:
+    "The numbers of one request into a store; where that fails it is counted, and the answer stays."
+    from llm_scratch.feedback import Interaction
+    finishes = ["content_filter"] if answering.question.said is not None else [v.finish or answering.ends.get(i, "cancelled") for i,v in enumerate(answering.voices)]
+    told = dict(finish=",".join(dict.fromkeys(finishes)), guard=",".join(dict.fromkeys(answering.did)))
+    model = next((t.model for t in answering.tickets if getattr(t, "model", None)), about["model"]) # an engine of several versions says which one it was
+    try: answering.state.feedback.add(Interaction(about["id"], time.time()-seconds, model, "", "", latency_s=seconds, n_tokens=answering.n_new, **told))
+    except Exception:
+        answering.state.metrics("errors", "feedback_lost").inc()
+        _log.exception("the numbers of a request are lost")
+
+def _finish(answering:_Answering, row:dict, about:dict)->None:
+    "The end of an answer, for the log and for a store."
     row |= dict(n_new=answering.n_new) | (dict(ttft_ms=round(1000*(answering.first-answering.start), 1)) if answering.first else {})
     if answering.state.log_text: row["answered"] = [v.text for v in answering.voices]
     answering.close()
+    if hasattr(answering.state.feedback, "add"): answering.loop.run_in_executor(None, _record, answering, about, time.monotonic()-answering.start)
 
 async def _respond(answering:_Answering, request:"starlette.requests.Request", shape:Shape, about:dict)->object:
     "In one piece, or as a stream."
@@ -853,7 +869,7 @@ async def _respond(answering:_Answering, request:"starlette.requests.Request", s
     seconds,row = answering.state.limits.seconds+5, request.state.row
     if not answering.question.stream:
         try: return JSONResponse(await _unless_gone(request.receive, _whole(answering, shape, about), seconds))
-        finally: _finish(answering, row)
+        finally: _finish(answering, row, about)
     class Events(StreamingResponse):
         async def __call__(self, scope, receive, send):
             async def work():
@@ -862,10 +878,27 @@ async def _respond(answering:_Answering, request:"starlette.requests.Request", s
                     async for line in lines: await send(dict(type="http.response.body", body=line.encode("utf-8"), more_body=True))
                 await send(dict(type="http.response.body", body=b"", more_body=False))
             try: await _unless_gone(receive, work(), seconds)
-            finally: _finish(answering, row)
+            finally: _finish(answering, row, about)
     return Events(iter(()), media_type="text/event-stream", headers={"cache-control":"no-store", "x-accel-buffering":"no"})
 
 # %% ../nbs/10c_server.ipynb #10c108
+async def _rate(state:_State, body:object)->None: # or `ApiError`
+    "A thumb into a store; text comes, and goes, with the consent of this click."
+    def write()->bool|None:
+        asked = next((_plain(m)["content"] for m in reversed(body.messages or ()) if m.role == "user"), "")
+        said = dict(prompt=asked, answer=body.answer or "") if body.consent else {}
+        found = state.feedback.rate(body.id, 1 if body.rating == "up" else -1, (body.comment or "") if body.consent else "", consent=body.consent, **said)
+        if body.consent and body.correction: state.feedback.correct(body.id, body.correction)
+        return found
+    for wait in (0, .1, .5): # a quick thumb may overtake the numbers of its request
+        await asyncio.sleep(wait)
+        try: found = await asyncio.to_thread(write)
+        except UserError as e:
+            _log.warning(json.dumps(dict(time=round(time.time(), 3), event="feedback lost", why=str(e)[:500])))
+            raise ApiError(503, "this server can't keep feedback now", "feedback_full") from None
+        if found is not False: return
+    raise ApiError(404, f"there is no answer {ascii(body.id)} here", "unknown_answer", "id")
+
 def _answer_routes(app:"fastapi.FastAPI", state:_State)->None:
     "The two routes that ask the model, and the one that hears what people think of it."
     from starlette.requests import Request
@@ -883,10 +916,12 @@ def _answer_routes(app:"fastapi.FastAPI", state:_State)->None:
     async def rate(body:Feedback)->dict:
         "Say whether an answer was good."
         if state.feedback is None: raise ApiError(404, "this server keeps no feedback", "no_feedback")
-        kept = body.model_dump(exclude_none=True) if body.consent else body.model_dump(include={"id", "rating"})
-        row = dict(time=round(time.time(), 3), model=state.served.name) | kept
-        with state.lock: room = await asyncio.to_thread(save_feedback, state.feedback, row, state.limits.feedback_bytes)
-        if not room: raise ApiError(503, "the file for feedback is full", "feedback_full")
+        if hasattr(state.feedback, "add"): await _rate(state, body)
+        else:
+            kept = body.model_dump(exclude_none=True) if body.consent else body.model_dump(include={"id", "rating"})
+            row = dict(time=round(time.time(), 3), model=state.served.name) | kept
+            with state.lock: room = await asyncio.to_thread(save_feedback, state.feedback, row, state.limits.feedback_bytes)
+            if not room: raise ApiError(503, "the file for feedback is full", "feedback_full")
         state.metrics("feedback", body.rating).inc()
         return dict(status="kept", text=body.consent)
 
