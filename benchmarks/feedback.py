@@ -94,7 +94,7 @@ def main()->None:
             order = order[n%len(order):] + order[:n%len(order)]
             rounds.append({name:[x/N for x in clocked(works[name])] for name in order})
         took = asyncio.run(requests(Path(folder), 10 if args.tiny else 150))
-    write_json(args.out, dict(date=str(date.today()), cpu=read_cpu().model, system=f"{platform.system()}, Python {platform.python_version()}", rows=N, rounds=[{name:r[name] for name in works} for r in rounds], requests={k:[list(t) for t in v] for k,v in took.items()}))
+    write_json(args.out, dict(date=str(date.today()), cpu=read_cpu().model, system=f"{platform.system()}, Python {platform.python_version()}", rows=N, rounds=[{name:[round(x, 8) for x in r[name]] for name in works} for r in rounds], requests={k:[[round(x, 6) for x in t] for t in v] for k,v in took.items()}))
     for name in works: print(f"{name:<42} {1e6*median(r[name][0] for r in rounds):7.0f} µs on the wall, {1e6*median(r[name][1] for r in rounds):7.0f} of the processor, for each row")
     for k,v in took.items(): print(f"a request {k:<8} {1000*median(t[0] for t in v):.2f} ms on the wall, {1000*median(t[1] for t in v):.2f} of the processor")
 
