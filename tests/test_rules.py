@@ -86,6 +86,7 @@ MAY_IMPORT = {
     "memorisation": {"core", "comparison", "epochs", "evaluation", "metrics", "privacy", "report", "safety"},
     "audit": {"core", "comparison", "data", "evaluation", "monitoring", "objectives", "report", "safety"},  # data: whose texts; monitoring: the log of a run; objectives: whose promises
     "serving": {"core", "architecture", "compiled", "generation"},
+    "promotion": {"core", "audit", "comparison", "evaluation", "serving", "speed"},  # audit and speed: two audits and two clocks are evidence; serving: the canary is an engine
     "server": {"core", "assistant", "guard", "monitoring", "serving"},  # assistant: the chat template; monitoring: what a metric is
     "kubernetes": {"core", "architecture", "data"},  # data: the pinned file that helm is in
     "inferentia": {"core", "architecture", "costs"},  # what is rented
