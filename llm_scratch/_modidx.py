@@ -3278,6 +3278,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                    'llm_scratch/promotion.py'),
                                        'llm_scratch.promotion.promotion_table': ( 'promotion.html#promotion_table',
                                                                                   'llm_scratch/promotion.py'),
+                                       'llm_scratch.promotion.skewed_chance': ('promotion.html#skewed_chance', 'llm_scratch/promotion.py'),
                                        'llm_scratch.promotion.tango': ('promotion.html#tango', 'llm_scratch/promotion.py'),
                                        'llm_scratch.promotion.tango_interval': ( 'promotion.html#tango_interval',
                                                                                  'llm_scratch/promotion.py'),
