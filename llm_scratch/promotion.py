@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['MUSTS', 'PROMOTION_HEAD', 'Measured', 'GateRule', 'tango', 'exact_chance', 'tango_interval', 'skewed_chance',
            'GateRow', 'Promotion', 'decide', 'figures_of', 'breaks_of', 'check_changes', 'times_of', 'promotion_table',
-           'promotion_figure', 'Wager', 'CanaryAlarm', 'Verdicts', 'CanaryEngine', 'client_place']
+           'promotion_figure', 'Wager', 'CanaryAlarm', 'Verdicts', 'ModelName', 'CanaryEngine', 'client_place',
+           'CanaryFeedback']
 
 # %% ../nbs/11e_promotion.ipynb #11e004
 import hashlib
@@ -425,11 +426,28 @@ class Verdicts:
         self.fine.see(-lost)
 
 # %% ../nbs/11e_promotion.ipynb #11e070
+class ModelName(str):
+    "The name of a version that knows for which answer it was said."
+    def __new__(cls,
+        name:str, # of a version
+        ticket:str="", # id of the answer
+    ):
+        self = super().__new__(cls, name)
+        self.ticket = ticket
+        return self
+
 class _Relay(Ticket):
     "An answer that may change hands while it is written."
     def __init__(self, job:TextJob, id:str, arm:str):
         super().__init__(job)
-        self.id,self.arm,self.inner,self.moved,self.heard_at = id,arm,None,False,time.monotonic()
+        self.moved_at = 0 # tokens that were written when it changed hands
+        self.id,self.arm,self.inner,self.moved,self.heard_at,self.names = id,arm,None,False,time.monotonic(),{}
+
+    @property
+    def model(self)->"ModelName": # for a store of feedback
+        "Which version has written; both, when both have."
+        both = self.moved and self.moved_at
+        return ModelName("+".join(self.names.values()) if both else self.names[self.arm], self.id)
 
     def cancel(self)->None:
         super().cancel()
@@ -444,6 +462,7 @@ class CanaryEngine:
         share:float=.1, # of clients who get the candidate
         *,
         alarm:CanaryAlarm=CanaryAlarm(), # what takes the candidate back
+        names:tuple[str, str]=("current", "candidate"), # versions, as a store of feedback will call them
         salt:str="", # another one draws other clients
         n_kept:int=10_000, # answers that can still be rated
     ):
@@ -453,6 +472,7 @@ class CanaryEngine:
         rooms = [getattr(e, "max_len", None) for e in (current, candidate)]
         if None not in rooms and rooms[1] < rooms[0]: raise UserError(f"the candidate has max_len={rooms[1]} and the current one {rooms[0]}: give it as much room")
         self.current,self.candidate,self.share,self.salt,self.n_kept,self.verdicts = current,candidate,share,salt,n_kept,Verdicts(alarm)
+        self.names = dict(candidate=names[1], current=names[0]) # in the order in which an answer meets them
         self.state = "running" # then "rolled back" or "promoted"
         self.why = "" # of the state
         self.counts = dict(canary_answers=0, canary_failures=0, canary_moved=0)
@@ -493,6 +513,7 @@ def submit(
     id = f"canary-{next(self._count)}"
     arm,failed = self._arm_of(job.client, id),None
     relay = _Relay(job, id, arm)
+    relay.names = self.names
     if arm == "candidate":
         try: inner = self.candidate.submit(job)
         except Exception as e: failed,relay.arm = e,"current"
@@ -562,7 +583,7 @@ def _take_away(self:CanaryEngine, relay:_Relay, error:object)->None:
     "The candidate can't go on with this one."
     with self._changed:
         if relay.arm != "candidate": return
-        relay.arm,relay.moved,relay.inner = "current",True,None
+        relay.arm,relay.moved,relay.moved_at,relay.inner = "current",True,len(relay.ids),None
     self._failed(relay, error)
     with self._changed:
         self._moving.append(relay)
@@ -575,6 +596,15 @@ def _judge(self:CanaryEngine)->None:
         if self.state == "running" and self.verdicts.why: self.roll_back(self.verdicts.why)
 
 # %% ../nbs/11e_promotion.ipynb #11e080
+def _rest_of(job:TextJob, written:Sequence[int], left:int, seconds:float|None)->TextJob:
+    "What is left to write; a form goes on where the text stands."
+    more = {}
+    if written and (form := getattr(job, "form", None)):
+        todo = form.start
+        for i in written: todo = form.after(todo, i)
+        more["form"] = form._replace(start=todo)
+    return replace(job, ids=job.ids+tuple(written), max_new_tokens=left, seconds=seconds, **more)
+
 @patch
 def _move(self:CanaryEngine, relay:_Relay)->bool: # whether it is settled
     "Let the current model go on where the candidate broke off."
@@ -583,7 +613,7 @@ def _move(self:CanaryEngine, relay:_Relay)->bool: # whether it is settled
     seconds = None if job.seconds is None else job.seconds-(time.monotonic()-relay.asked_at)
     if relay._is_cancelled or left < 1 or seconds is not None and seconds <= 0: end,error = "cancelled" if relay._is_cancelled else "length",""
     else:
-        try: return self._join(relay, self.current.submit(replace(job, ids=job.ids+tuple(written), max_new_tokens=left, seconds=seconds))) is None
+        try: return self._join(relay, self.current.submit(_rest_of(job, written, left, seconds))) is None
         except Closed as e: end,error = "error",str(e)
         except Busy: return False # it has waited once: it waits again
         except Exception as e: end,error = "error",f"{type(e).__name__}: {e}"
@@ -632,13 +662,12 @@ def rate(
 @patch
 def known_as(
     self:CanaryEngine,
-    ticket:Ticket, # of `submit`
+    ticket:str, # its id
     id:str, # a name of the caller's, such as the id of a request
 )->None:
     "Let an answer be rated by another name."
     with self._changed:
-        if ticket.id in self._answers: self._answers[id] = self._answers.pop(ticket.id)
-        ticket.id = id
+        if ticket in self._answers: self._answers[id] = self._answers.pop(ticket)
 
 @patch
 def roll_back(
@@ -699,3 +728,25 @@ def close(
     last.start()
     self.current.close(drain, timeout)
     last.join(5)
+
+# %% ../nbs/11e_promotion.ipynb #11e0865
+class CanaryFeedback:
+    "A store of feedback for the server, whose ratings reach the canary too."
+    def __init__(self,
+        store:object, # a `feedback.FeedbackStore`, or what has its `add` and `rate`
+        canary:CanaryEngine, # that answers
+    ): self.store,self.canary = store,canary
+
+    def add(self, *interactions:object)->object:
+        "Keep requests; the name of the model tells which answer each one was."
+        for x in interactions:
+            if ticket := getattr(x.model, "ticket", ""): self.canary.known_as(ticket, x.id)
+        return self.store.add(*interactions)
+
+    def rate(self, id:str, rating:int, *more:object, **said:object)->object:
+        "Keep a rating, and count it if it is one."
+        found = self.store.rate(id, rating, *more, **said)
+        if found is not False and rating: self.canary.rate(id, rating)
+        return found
+
+    def __getattr__(self, name:str)->object: return getattr(self.store, name) # all else is the store's
