@@ -399,7 +399,7 @@ class Verdicts:
         self.alarm = alarm
         self.errors = Wager(alarm.errors, alpha=alarm.alpha/2) # two alarms share the chance of a false one
         self.worse = Wager(alarm.margin, -1., 1., alarm.alpha/2) # current minus candidate, of ratings 0 and 1
-        self.fine = Wager(alarm.margin, -1., 1., alarm.alpha) # the same bound from the other side, after `_seen`
+        self.fine = Wager(-alarm.margin, -1., 1., alarm.alpha) # candidate minus current: the same bound from the other side
         self.rated = dict(current=[0, 0], candidate=[0, 0]) # bad, good
         self._block,self._waiting = [],deque() # ratings of the current model since the last pair; of the candidate without a partner
 
@@ -521,7 +521,7 @@ def submit(
     with self._changed:
         self._answers[id] = relay.arm,job.client or id
         while len(self._answers) > self.n_kept: self._answers.popitem(last=False)
-        if relay.arm == "candidate": self._open.add(relay)
+        self._open.add(relay)
         self._changed.notify_all()
     if failed is not None and not isinstance(failed, Busy): self._failed(relay, failed)
     self._join(relay, inner)
@@ -628,7 +628,7 @@ def _work(self:CanaryEngine)->None:
     pause = min(1., self.verdicts.alarm.patience/4)
     while True:
         with self._changed:
-            self._changed.wait_for(lambda: self._moving or self._is_closed, pause if self._open else None)
+            if not (self._moving or self._is_closed): self._changed.wait(pause if self._open else None)
             if self._is_closed and not self._open: return
             moving,late = list(self._moving),time.monotonic()-self.verdicts.alarm.patience
             self._moving.clear()

@@ -87,7 +87,6 @@ MAY_IMPORT = {
     "audit": {"core", "comparison", "data", "evaluation", "monitoring", "objectives", "report", "safety"},  # data: whose texts; monitoring: the log of a run; objectives: whose promises
     "serving": {"core", "architecture", "compiled", "generation"},
     "promotion": {"core", "audit", "comparison", "evaluation", "serving", "speed"},  # audit and speed: two audits and two clocks are evidence; serving: the canary is an engine
-    "server": {"core", "assistant", "guard", "monitoring", "serving"},  # assistant: the chat template; monitoring: what a metric is
     "server": {"core", "assistant", "feedback", "guard", "monitoring", "serving"},  # assistant: the chat template; feedback, within a function: a store of a later chapter; monitoring: what a metric is
     "kubernetes": {"core", "architecture", "data"},  # data: the pinned file that helm is in
     "inferentia": {"core", "architecture", "costs"},  # what is rented
