@@ -86,13 +86,15 @@ MAY_IMPORT = {
     "memorisation": {"core", "comparison", "epochs", "evaluation", "metrics", "privacy", "report", "safety"},
     "audit": {"core", "comparison", "data", "evaluation", "monitoring", "objectives", "report", "safety"},  # data: whose texts; monitoring: the log of a run; objectives: whose promises
     "serving": {"core", "architecture", "compiled", "generation"},
-    "server": {"core", "assistant", "guard", "monitoring", "serving"},  # assistant: the chat template; monitoring: what a metric is
+    "promotion": {"core", "audit", "comparison", "evaluation", "serving", "speed"},  # audit and speed: two audits and two clocks are evidence; serving: the canary is an engine
+    "server": {"core", "assistant", "feedback", "guard", "monitoring", "serving"},  # assistant: the chat template; feedback, within a function: a store of a later chapter; monitoring: what a metric is
     "kubernetes": {"core", "architecture", "data"},  # data: the pinned file that helm is in
     "inferentia": {"core", "architecture", "costs"},  # what is rented
     "deployment": {"core", "architecture", "families", "generation", "interchange", "tokenization"},
     "browser": {"core", "deployment", "tokenization"},  # what a page runs: a graph and a tokenizer
     "containers": {"core"},
     "load": {"core", "comparison", "evaluation", "report"},  # within functions, which bring torch: a load generator starts at once
+    "feedback": {"core", "evaluation", "privacy"},  # what users say is kept without personal data
     "speed": {"core", "architecture", "compiled", "evaluation", "generation"},  # evaluation: Student's interval
     "scorecard": {"core", "audit", "costs", "data", "monitoring", "objectives", "report", "tokenization"},  # it reads what every step leaves
     "journey": {"core", "architecture", "choosing", "infrastructure", "objectives", "planning", "scorecard"},
