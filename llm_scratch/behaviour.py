@@ -5,7 +5,9 @@
 # %% auto #0
 __all__ = ['is_judged', 'is_bad', 'plain_words', 'tfidf_vectors', 'unit_rows', 'fewer_dims', 'embed_words', 'embed_by',
            'squared_distances', 'k_means', 'silhouette', 'group_texts', 'chance_of_bad', 'worse_groups',
-           'telling_terms', 'Pattern', 'product_of', 'failure_patterns', 'PatternScore', 'pattern_precision_recall']
+           'telling_terms', 'Pattern', 'product_of', 'failure_patterns', 'PatternScore', 'pattern_precision_recall',
+           'answer_signs', 'pattern_signs', 'TimeBin', 'time_bins', 'behaviour_figures', 'pattern_figure',
+           'examples_html', 'dashboard', 'browse_patterns']
 
 # %% ../nbs/11b_behaviour.ipynb #11b002
 import math
@@ -23,17 +25,18 @@ import torch
 
 from .core import UserError, atomic_path
 from .evaluation import Result, by_length, share_of
+from .feedback import Interaction
 from .report import html_page, html_table, svg_of
 
 # %% ../nbs/11b_behaviour.ipynb #11b003
 def is_judged(
-    seen:"Interaction", # a request with its answer
+    seen:Interaction, # a request with its answer
 )->bool: # a correction is a judgement too
     "Did the user say whether the answer was good?"
     return bool(seen.rating or seen.correction)
 
 def is_bad(
-    seen:"Interaction", # a request with its answer
+    seen:Interaction, # a request with its answer
 )->bool: # a thumb up wins over a correction: the user was content and tidy
     "Did the user say that the answer was bad?"
     return seen.rating < 0 or bool(not seen.rating and seen.correction)
@@ -240,7 +243,7 @@ def product_of(
     return Result(a.mean*b.mean, math.hypot(a.mean*b.stderr, b.mean*a.stderr), min(a.n, b.n))
 
 def failure_patterns(
-    interactions:Sequence["Interaction"], # what users asked, and how they judged it; those without a text are left out
+    interactions:Sequence[Interaction], # what users asked, and how they judged it; those without a text are left out
     *,
     embed:Callable[[Sequence[str]], np.ndarray]|None=None, # texts to vectors as rows; None: `embed_words`
     n_patterns:int|None=None, # groups of requests that are looked at; None: as many as stand apart best
@@ -293,3 +296,164 @@ def pattern_precision_recall(
             right += 1
             caught[name] += most
     return PatternScore(right, len(patterns), sum(2*caught[name] >= len(some) > 0 for name,some in sets.items()), len(sets))
+
+# %% ../nbs/11b_behaviour.ipynb #11b00d
+def answer_signs(
+    seen:Interaction, # a request with its answer
+)->list[str]: # in words; empty where nothing is odd
+    "What can be seen in an answer without knowing what it should have been."
+    words,asked = seen.answer.lower().split(),seen.prompt.lower().split()
+    runs = Counter(zip(*(words[i:] for i in range(4))))
+    signs = {"empty":not words, "cut off":seen.finish == "length", "says the same again and again":max(runs.values(), default=0) >= 3,
+        "begins with the question":len(asked) >= 3 and words[:len(asked)] == asked, "the guard stepped in":bool(seen.guard)}
+    return [sign for sign,there in signs.items() if there]
+
+def pattern_signs(
+    interactions:Sequence[Interaction], # all of them, in the order that the patterns were found in
+    pattern:Pattern, # one of them
+)->dict[str, tuple[Result, Result]]: # sign to its share inside and outside, for signs whose intervals are apart; the widest gap first
+    "How the answers of a pattern look different."
+    inside = set(pattern.members)
+    own,rest = ([answer_signs(seen) for i,seen in enumerate(interactions) if seen.prompt.strip() and (i in inside) == side] for side in (True, False))
+    if not (own and rest): return {}
+    shares = {s:tuple(share_of(sum(s in signs for signs in some), len(some)) for some in (own, rest)) for s in sorted({s for signs in own for s in signs})}
+    return {s:(a, b) for s,(a,b) in sorted(shares.items(), key=lambda pair: pair[1][1].mean-pair[1][0].mean) if a.interval[0] > b.interval[1]}
+
+# %% ../nbs/11b_behaviour.ipynb #11b00e
+class TimeBin(NamedTuple):
+    "Requests of a while."
+    start:float # seconds since 1970
+    n:int # requests
+    bad:Result # share called bad of those that were judged; NaN where none was
+    median_s:float # latency, seconds; NaN where there was no request
+    slow_s:float # latency that nine of ten do not exceed
+
+def time_bins(
+    interactions:Sequence[Interaction], # in any order, at least one
+    n_bins:int=24, # of equal length, at most; four requests or more go into one on average
+)->list[TimeBin]: # the earliest first
+    "What happened when."
+    times = np.array([seen.time for seen in interactions])
+    n_bins = max(1, min(n_bins, len(times)//4)) if times.min() < times.max() else 1
+    edges = np.linspace(times.min(), times.max(), n_bins+1)
+    where = np.clip(np.searchsorted(edges, times, "right")-1, 0, n_bins-1)
+    def row(b:int)->TimeBin:
+        some = [interactions[i] for i in np.flatnonzero(where == b)]
+        judged,waits = sum(map(is_judged, some)),[seen.latency_s for seen in some] or [math.nan]
+        bad = share_of(sum(map(is_bad, some)), judged) if judged else Result(math.nan, math.inf, 0)
+        return TimeBin(float(edges[b]), len(some), bad, float(np.median(waits)), float(np.quantile(waits, .9)))
+    return [row(b) for b in range(n_bins)]
+
+# %% ../nbs/11b_behaviour.ipynb #11b00f
+def _axes(title:str, ylabel:str, height:float=2.4)->tuple["matplotlib.figure.Figure", "matplotlib.axes.Axes"]:
+    from matplotlib.figure import Figure
+    fig = Figure(figsize=(4, height), layout="constrained")
+    ax = fig.subplots()
+    ax.set(title=title, ylabel=ylabel)
+    ax.spines[["top", "right"]].set_visible(False)
+    return fig,ax
+
+def behaviour_figures(
+    interactions:Sequence[Interaction], # at least one
+)->dict[str, "matplotlib.figure.Figure"]: # `requests`, `ratings` and `latency`, each against time in UTC
+    "Three pictures of what happened when."
+    from matplotlib.dates import AutoDateLocator, ConciseDateFormatter
+    bins,figures = time_bins(interactions),{}
+    at = [datetime.fromtimestamp(b.start, timezone.utc) for b in bins]
+    step = (at[1]-at[0]) if len(at) > 1 else 1/48 # days
+    for name,title,ylabel in (("requests", "how much is asked", "requests"), ("ratings", "how often it is bad", "share of judged answers"), ("latency", "how long users wait", "seconds")):
+        figures[name],ax = _axes(title, ylabel)
+        if name == "requests": ax.bar(at, [b.n for b in bins], width=step, align="edge", color="C0", edgecolor="white", lw=.5)
+        if name == "ratings": ax.errorbar(at, [b.bad.mean for b in bins], [1.96*b.bad.stderr if b.bad.n else 0 for b in bins], fmt="o", ms=3, capsize=2, color="C3")
+        if name == "latency":
+            for what,values in (("median", [b.median_s for b in bins]), ("nine of ten", [b.slow_s for b in bins])): ax.plot(at, values, marker=".", lw=1.2, label=what)
+            ax.legend(fontsize=7, frameon=False)
+        ax.set_ylim(0, 1 if name == "ratings" else None)
+        ax.xaxis.set_major_locator(places := AutoDateLocator(maxticks=6))
+        ax.xaxis.set_major_formatter(ConciseDateFormatter(places))
+    return figures
+
+def pattern_figure(
+    patterns:Sequence[Pattern], # at least one
+)->"matplotlib.figure.Figure": # bad answers in a hundred requests, with 95 % intervals
+    "Which pattern costs most."
+    fig,ax = _axes("what costs most", "", 1+.32*len(patterns))
+    ax.errorbar([100*p.impact.mean for p in patterns], range(len(patterns)), xerr=[196*p.impact.stderr for p in patterns], fmt="o", ms=5, capsize=2, color="C3")
+    ax.set_yticks(range(len(patterns)), [p.name if len(p.name) < 34 else p.name[:32]+" …" for p in patterns], fontsize=8)
+    ax.set(ylim=(len(patterns)-.5, -.5), xlabel="bad answers in 100 requests")
+    ax.set_xlim(left=0)
+    return fig
+
+# %% ../nbs/11b_behaviour.ipynb #11b010
+def _shown(text:str, most:int=600)->str: # HTML
+    "A text of a stranger, made harmless: escaped, cut, without signs that turn or hide what follows."
+    text = "".join(c if c.isprintable() or c in "\n\t" else "\ufffd" for c in text[:most]) + (" …" if len(text) > most else "")
+    return escape(text.strip()) or "<small>(nothing)</small>"
+
+def examples_html(
+    interactions:Sequence[Interaction], # all of them
+    pattern:Pattern, # of these
+    n:int=3, # examples, those with a correction or comment first, then the latest
+)->str: # HTML
+    "Answers that users called bad, as they were."
+    bad = sorted((interactions[i] for i in pattern.members if is_bad(interactions[i])), key=lambda seen: (not seen.correction, not seen.comment, -seen.time))[:n]
+    texts = lambda seen: (("asked", seen.prompt), ("answered", seen.answer), *((what, text) for what,text in (("comment", seen.comment), ("should have been", seen.correction)) if text))
+    return "".join("<pre>" + "\n".join(f"<small>{what}:</small> {_shown(text)}" for what,text in texts(seen)) + "</pre>" for seen in bad) or "<p>No example.</p>"
+
+def _percent(r:Result)->str: return f"{100*r.mean:.1f} % ± {196*r.stderr:.1f}" if r.n else "not judged"
+
+def _figure_html(fig:"matplotlib.figure.Figure")->str:
+    import warnings
+
+    import matplotlib
+    with matplotlib.rc_context({"svg.fonttype":"none"}), warnings.catch_warnings(): # letters as letters: a reader's machine has those that ours lacks
+        warnings.filterwarnings("ignore", message="Glyph")
+        return f"<figure>{svg_of(fig)}</figure>"
+
+# %% ../nbs/11b_behaviour.ipynb #11b011
+def _told(interactions:Sequence[Interaction])->str: # HTML
+    judged,texts,bad = (sum(map(f, interactions)) for f in (is_judged, lambda seen: bool(seen.prompt.strip()), is_bad))
+    first,last = (datetime.fromtimestamp(f(seen.time for seen in interactions), timezone.utc).strftime("%Y-%m-%d %H:%M") for f in (min, max))
+    models = sorted({seen.model for seen in interactions})
+    return (f"<p>{len(interactions)} requests to {escape(', '.join(models[:5]))}{' and others' if len(models) > 5 else ''}, from {first} to {last} (UTC). Users judged {judged} of them"
+        + (f" and called {_percent(share_of(bad, judged))} of those bad" if judged else "") + f". {texts} have a text that we may read: patterns are about those.</p>")
+
+def _pattern_html(interactions:Sequence[Interaction], pattern:Pattern)->str:
+    odd = [f"{sign} ({_percent(a)}, elsewhere {_percent(b)})" for sign,(a,b) in pattern_signs(interactions, pattern).items()]
+    return f"<h3>{escape(pattern.name)}</h3><p>Words: {escape(', '.join(pattern.terms))}." + (f" Answers: {'; '.join(odd)}." if odd else "") + f"</p>{examples_html(interactions, pattern)}"
+
+def _drift_html(rows:Sequence[Mapping])->str:
+    head = list(dict.fromkeys(k for row in rows for k in row))
+    return html_table(head, [[f"{x:.4g}" if isinstance(x := row.get(k, ""), float) else str(x) for k in head] for row in rows])
+
+def dashboard(
+    interactions:Sequence[Interaction], # at least one
+    patterns:Sequence[Pattern], # of `failure_patterns`, for the same interactions
+    path:str|Path, # replaced in one piece
+    *,
+    drift:Sequence[Mapping]|None=None, # rows of chapter 11c's `drift_report`
+)->Path: # the page; it holds texts of users, so it is as private as the store
+    "What users ask and where it fails, on a page that loads nothing."
+    if not interactions: raise UserError("there are 0 interactions: a dashboard shows at least 1; collect some with `serve --feedback`")
+    parts = ["<h1>What users ask, and where it fails</h1>", _told(interactions), f'<div class="plots">{"".join(map(_figure_html, behaviour_figures(interactions).values()))}</div>', "<h2>Patterns of failure</h2>"]
+    if patterns:
+        rows = [[p.name, *map(_percent, (p.frequency, p.badness, p.elsewhere, p.impact)), f"{p.p:.1g}"] for p in patterns]
+        parts += [html_table(["asked about", "how often", "bad of judged", "elsewhere", "how often × bad", "by chance"], rows), _figure_html(pattern_figure(patterns)), *(_pattern_html(interactions, p) for p in patterns)]
+    else: parts.append("<p>No kind of request is answered worse than the rest. That is not to say that all is well: see the share of bad answers above.</p>")
+    if drift: parts += ["<h2>Drift</h2>", _drift_html(drift)]
+    with atomic_path(path) as new: new.write_text(html_page("What users ask, and where it fails", *parts), encoding="utf-8")
+    return Path(path)
+
+# %% ../nbs/11b_behaviour.ipynb #11b012
+def browse_patterns(
+    interactions:Sequence[Interaction], # all of them
+    patterns:Sequence[Pattern], # at least one
+)->"ipywidgets.VBox": # a choice of the pattern, and its examples
+    "Choose a pattern and read what users asked. It works without a kernel, too."
+    import ipywidgets as widgets
+    one = dict(layout=widgets.Layout()) # for all: a page stores every layout in full
+    choice = widgets.Dropdown(options=[(f"{k+1}. {p.name}", k) for k,p in enumerate(patterns)], description="pattern", **one)
+    panels = [widgets.HTML(f"<p>how often × bad: {_percent(p.impact)}</p>{examples_html(interactions, p)}", **one) for p in patterns]
+    shown = widgets.Stack(panels, selected_index=0, **one)
+    widgets.jslink((choice, "index"), (shown, "selected_index"))
+    return widgets.VBox([choice, shown], **one)
