@@ -7,7 +7,7 @@ __all__ = ['is_judged', 'is_bad', 'plain_words', 'tfidf_vectors', 'unit_rows', '
            'squared_distances', 'k_means', 'silhouette', 'group_texts', 'chance_of_bad', 'worse_groups',
            'telling_terms', 'Pattern', 'product_of', 'failure_patterns', 'PatternScore', 'pattern_precision_recall',
            'answer_signs', 'pattern_signs', 'TimeBin', 'time_bins', 'behaviour_figures', 'pattern_figure',
-           'examples_html', 'dashboard', 'browse_patterns']
+           'examples_html', 'save_dashboard', 'browse_patterns']
 
 # %% ../nbs/11b_behaviour.ipynb #11b002
 import math
@@ -212,6 +212,7 @@ def telling_terms(
     outside:Sequence[str], # all others
     n:int=5, # terms, at most
     prior:float=50., # how many texts the common prior weighs
+    common:float=.05, # words in a larger share of the others are left out: they tell a person nothing, however telling they are
 )->list[tuple[str, float]]: # word, and by how many standard errors it is more at home inside; the most telling first
     "Words that a group has and others have not: log-odds with an informative prior (Monroe, Colaresi & Quinn 2008)."
     here,there = (Counter(w for t in texts for w in set(plain_words(t))) for texts in (inside, outside))
@@ -220,7 +221,7 @@ def telling_terms(
         a = scale*(here[w]+there[w])
         odds = [(c[w]+a)/(m+prior-c[w]-a+1e-9) for c,m in ((here, len(inside)), (there, len(outside)))]
         return (math.log(odds[0])-math.log(odds[1]))/math.sqrt(1/(here[w]+a)+1/(there[w]+a))
-    return sorted(((w, z(w)) for w in here if z(w) > 1), key=lambda pair: (-pair[1], pair[0]))[:n] if total else []
+    return sorted(((w, z(w)) for w in here if there[w] <= common*len(outside) and z(w) > 1), key=lambda pair: (-pair[1], pair[0]))[:n] if total else []
 
 # %% ../nbs/11b_behaviour.ipynb #11b00b
 @dataclass(frozen=True)
@@ -426,7 +427,7 @@ def _drift_html(rows:Sequence[Mapping])->str:
     head = list(dict.fromkeys(k for row in rows for k in row))
     return html_table(head, [[f"{x:.4g}" if isinstance(x := row.get(k, ""), float) else str(x) for k in head] for row in rows])
 
-def dashboard(
+def save_dashboard(
     interactions:Sequence[Interaction], # at least one
     patterns:Sequence[Pattern], # of `failure_patterns`, for the same interactions
     path:str|Path, # replaced in one piece
@@ -435,10 +436,11 @@ def dashboard(
 )->Path: # the page; it holds texts of users, so it is as private as the store
     "What users ask and where it fails, on a page that loads nothing."
     if not interactions: raise UserError("there are 0 interactions: a dashboard shows at least 1; collect some with `serve --feedback`")
-    parts = ["<h1>What users ask, and where it fails</h1>", _told(interactions), f'<div class="plots">{"".join(map(_figure_html, behaviour_figures(interactions).values()))}</div>', "<h2>Patterns of failure</h2>"]
+    figures = [*behaviour_figures(interactions).values(), *([pattern_figure(patterns)] if patterns else [])]
+    parts = ["<h1>What users ask, and where it fails</h1>", _told(interactions), f'<div class="plots">{"".join(map(_figure_html, figures))}</div>', "<h2>Patterns of failure</h2>"]
     if patterns:
         rows = [[p.name, *map(_percent, (p.frequency, p.badness, p.elsewhere, p.impact)), f"{p.p:.1g}"] for p in patterns]
-        parts += [html_table(["asked about", "how often", "bad of judged", "elsewhere", "how often × bad", "by chance"], rows), _figure_html(pattern_figure(patterns)), *(_pattern_html(interactions, p) for p in patterns)]
+        parts += [html_table(["asked about", "how often", "bad of judged", "elsewhere", "how often × bad", "by chance"], rows), *(_pattern_html(interactions, p) for p in patterns)]
     else: parts.append("<p>No kind of request is answered worse than the rest. That is not to say that all is well: see the share of bad answers above.</p>")
     if drift: parts += ["<h2>Drift</h2>", _drift_html(drift)]
     with atomic_path(path) as new: new.write_text(html_page("What users ask, and where it fails", *parts), encoding="utf-8")
