@@ -1391,7 +1391,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                    'llm_scratch.drift.drift_report': ('drift.html#drift_report', 'llm_scratch/drift.py'),
                                    'llm_scratch.drift.drift_scores': ('drift.html#drift_scores', 'llm_scratch/drift.py'),
                                    'llm_scratch.drift.fit_reference': ('drift.html#fit_reference', 'llm_scratch/drift.py'),
-                                   'llm_scratch.drift.largest_gap': ('drift.html#largest_gap', 'llm_scratch/drift.py'),
+                                   'llm_scratch.drift.ks_distance': ('drift.html#ks_distance', 'llm_scratch/drift.py'),
                                    'llm_scratch.drift.place_among': ('drift.html#place_among', 'llm_scratch/drift.py'),
                                    'llm_scratch.drift.shuffled_p': ('drift.html#shuffled_p', 'llm_scratch/drift.py'),
                                    'llm_scratch.drift.stability_index': ('drift.html#stability_index', 'llm_scratch/drift.py'),

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['BETS', 'TEXT_SIGNS', 'SERVED_SIGNS', 'place_among', 'Gambler', 'Reference', 'fit_reference', 'drift_scores',
-           'DriftWatch', 'SteadyWatch', 'largest_gap', 'unevenness', 'shuffled_p', 'stability_index', 'drift_report']
+           'DriftWatch', 'SteadyWatch', 'ks_distance', 'unevenness', 'shuffled_p', 'stability_index', 'drift_report']
 
 # %% ../nbs/11c_drift.ipynb #11c003
 import math
@@ -201,7 +201,7 @@ class SteadyWatch:
         return rings
 
 # %% ../nbs/11c_drift.ipynb #11c00d
-def largest_gap(
+def ks_distance(
     a:Sequence[float], # numbers
     b:Sequence[float], # others
 )->float: # from 0 to 1
@@ -288,7 +288,7 @@ def drift_report(
         at = watch.alarm_at.get(name)
         half = len(now)//2 if not before else 0 # without a past, the first half is told beside the second
         told = _most_moved(reference, before, now) if name == "topics" else (unit or name,*(round(float(np.mean(x)), 4) if len(x) else None for x in ((before or now[:half]), now[half:])))
-        ps.append((shuffled_p(before, now, unevenness if name == "topics" else largest_gap, seed=seed) if before else watch._gamblers[name].p) if now else 1.)
+        ps.append((shuffled_p(before, now, unevenness if name == "topics" else ks_distance, seed=seed) if before else watch._gamblers[name].p) if now else 1.)
         rows.append(dict(name=name, alarm=False, p=1., before=told[1], now=told[2], unit=told[0], n_before=len(before), n=len(now),
             since=datetime.fromtimestamp(interactions[seen[at-1]].time, timezone.utc).strftime("%Y-%m-%d %H:%M") if at else ""))
     for row,p in zip(rows, holm(ps)): row |= dict(p=p, alarm=p <= alpha)
