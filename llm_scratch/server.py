@@ -6,8 +6,8 @@
 __all__ = ['SSE_DONE', 'HOLDS', 'SERVER_METRICS', 'CHAT_SHAPE', 'TEXT_SHAPE', 'sse_line', 'held_back', 'hold_for', 'bytes_of',
            'Delta', 'Voice', 'ApiError', 'error_body', 'Served', 'Limits', 'unsupported', 'Question', 'understand_chat',
            'understand_text', 'ServerMetrics', 'chat_logprobs', 'text_logprobs', 'Shape', 'read_keys', 'opens',
-           'save_feedback', 'probe', 'make_app', 'chat_page', 'run_server', 'background_server', 'log_requests',
-           'ask_server']
+           'host_name', 'allowed_hosts', 'save_feedback', 'probe', 'make_app', 'chat_page', 'run_server',
+           'background_server', 'log_requests', 'ask_server']
 
 # %% ../nbs/10c_server.ipynb #10c004
 import asyncio
@@ -28,7 +28,7 @@ import time
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from contextlib import aclosing, asynccontextmanager, contextmanager, suppress
 from dataclasses import dataclass, replace
-from functools import cache, partial
+from functools import cache, cached_property, partial
 from html import escape
 from pathlib import Path
 from typing import NamedTuple
@@ -37,7 +37,7 @@ from .assistant import encode_chat, end_id
 from .core import UserError, optional_package
 from .guard import Decision, Safeguard, check_dialogue
 from .monitoring import Metric
-from .serving import Busy, Closed, TextJob, TextPiece
+from .serving import Busy, Closed, TextForm, TextJob, TextPiece, TokenMasks, json_todo
 
 # %% ../nbs/10c_server.ipynb #10c010
 def sse_line(
@@ -166,6 +166,11 @@ class Served:
         tok = self.tokenizer
         return tuple(dict.fromkeys([end_id(tok, self.template), tok.eot_id] if self.template else [tok.eot_id]))
 
+    @cached_property
+    def masks(self)->TokenMasks: # without special tokens
+        "Which tokens fit a form, found out while it is used."
+        return TokenMasks(self.tokenizer.token_bytes, [*self.ends, *self.tokenizer.special_ids.values()])
+
 @dataclass(frozen=True)
 class Limits:
     "What one request may take."
@@ -186,7 +191,7 @@ class Limits:
 
 # %% ../nbs/10c_server.ipynb #10c040
 _NEUTRAL:dict[str, tuple] = dict(tools=(None, []), tool_choice=(None, "none", "auto"), functions=(None, []), function_call=(None, "none", "auto"), logit_bias=(None, {}), presence_penalty=(None, 0), frequency_penalty=(None, 0),
-    response_format=(None, dict(type="text")), echo=(None, False), suffix=(None, ""), audio=(None,), modalities=(None, ["text"]), prediction=(None,), reasoning_effort=(None, "none"), web_search_options=(None,)) # fields that would change the answer, and values that change nothing
+    echo=(None, False), suffix=(None, ""), audio=(None,), modalities=(None, ["text"]), prediction=(None,), reasoning_effort=(None, "none"), web_search_options=(None,)) # fields that would change the answer, and values that change nothing
 
 def unsupported(
     body:Mapping[str, object], # of a request
@@ -205,6 +210,12 @@ def _shapes()->dict[str, type]: # name to a class of pydantic
     F,number = pydantic.Field,partial(pydantic.Field, allow_inf_nan=False)
     class StreamOptions(pydantic.BaseModel):
         include_usage:bool|None = None
+    class Schema(pydantic.BaseModel):
+        name:str|None = F(None, max_length=256)
+        schema_:dict = F(alias="schema")
+    class Format(pydantic.BaseModel):
+        type:Literal["text", "json_object", "json_schema"]
+        json_schema:Schema|None = None
     class Asked(pydantic.BaseModel):
         model_config = pydantic.ConfigDict(extra="allow")
         model:str|None = F(None, max_length=256)
@@ -217,6 +228,7 @@ def _shapes()->dict[str, type]: # name to a class of pydantic
         seed:int|None = F(None, ge=-2**63, lt=2**63)
         stop:str|list[str]|None = None
         n:int|None = F(1, ge=1, le=1024)
+        response_format:Format|None = None
     class Part(pydantic.BaseModel):
         type:Literal["text"]
         text:str
@@ -239,6 +251,7 @@ def _shapes()->dict[str, type]: # name to a class of pydantic
         messages:list[ChatMessage]|None = F(None, max_length=200)
         answer:str|None = F(None, max_length=100_000)
         comment:str|None = F(None, max_length=2000)
+        correction:str|None = F(None, max_length=100_000)
     class ErrorDetail(pydantic.BaseModel):
         message:str
         type:str
@@ -284,15 +297,22 @@ def _stops(body:object, limits:Limits)->tuple[str, ...]:
     if not all(1 <= len(s) <= limits.stop_chars for s in stops): raise ApiError(400, f"a stop has from 1 to {limits.stop_chars} characters", param="stop")
     return stops
 
+def _form(body:object, served:Served)->TextForm|None:
+    asked = body.response_format
+    if asked is None or asked.type == "text": return None
+    if asked.type == "json_schema" and asked.json_schema is None: raise ApiError(400, "a response_format of the type json_schema has a field json_schema, and in it a schema", param="response_format")
+    try: return TextForm(served.masks, json_todo(json.dumps(asked.json_schema.schema_) if asked.type == "json_schema" else None))
+    except (UserError, ValueError, RecursionError) as e: raise ApiError(400, f"response_format: {e}"[:500], "unsupported_schema", "response_format") from None
+
 def _question(body:object, prompts:list[list[int]], served:Served, limits:Limits, client:str, *, given:int|None, usual:int, n_logprobs:int|None, param:str)->Question:
     "The jobs that a request asks for."
     n = body.n or 1
     if len(prompts)*n > limits.n: raise ApiError(400, f"{len(prompts)} prompts and n={n} make {len(prompts)*n} answers: ask for at most {limits.n}", param="n")
     if (n_logprobs or 0) > limits.top_logprobs: raise ApiError(400, f"{n_logprobs} likeliest tokens were asked for: ask for at most {limits.top_logprobs}", param="top_logprobs")
     seed = secrets.randbits(31) if body.seed is None else body.seed
-    temperature = 1. if body.temperature is None else body.temperature
+    temperature,form = 1. if body.temperature is None else body.temperature,_form(body, served)
     jobs = [TextJob(ids=tuple(ids), max_new_tokens=_room(given, len(ids), served.context_len, limits.max_tokens, usual, param), temperature=temperature, top_k=body.top_k, top_p=body.top_p, seed=(seed+i)%2**63,
-                stops=tuple((i,) for i in served.ends), n_logprobs=min(n_logprobs or 0, served.tokenizer.vocab_size), client=client, seconds=limits.seconds) for ids in prompts for i in range(n)]
+                stops=tuple((i,) for i in served.ends), n_logprobs=min(n_logprobs or 0, served.tokenizer.vocab_size), client=client, seconds=limits.seconds, form=form) for ids in prompts for i in range(n)]
     return Question(prompts, jobs, _stops(body, limits), n_logprobs, bool(body.stream), bool(body.stream_options and body.stream_options.include_usage))
 
 # %% ../nbs/10c_server.ipynb #10c049
@@ -390,10 +410,11 @@ class ServerMetrics:
 # %% ../nbs/10c_server.ipynb #10c064
 class _Counting:
     "A guard that is counted."
-    def __init__(self, guard:Safeguard, metrics:ServerMetrics): self.guard,self.metrics = guard,metrics
+    def __init__(self, guard:Safeguard, metrics:ServerMetrics): self.guard,self.metrics,self.did = guard,metrics,[]
     def _told(self, side:str, text:str)->Decision:
         decision = self.guard.check(side, text)
         self.metrics("guard", side, decision.do).inc()
+        if decision.do != "pass": self.did.append(f"{side}:{decision.do}")
         return decision
     def check_input(self, text:str)->Decision: return self._told("input", text)
     def check_output(self, text:str)->Decision: return self._told("output", text)
@@ -426,11 +447,11 @@ class _State:
 # %% ../nbs/10c_server.ipynb #10c072
 class _Answering:
     "One request, from its jobs to its last token."
-    def __init__(self, state:_State, question:Question):
+    def __init__(self, state:_State, question:Question, guard:_Counting|None):
         self.state,self.question,self.held,self.start = state,question,state.held.take(),time.monotonic()
         served = self.held.served
         self.queue,self.tickets,self.first,self.n_new,self.n_cached = asyncio.Queue(),[],None,0,0
-        guard = served.guard and _Counting(served.guard, state.metrics)
+        self.did,self.ends = guard.did if guard else [],{}
         hold = hold_for(served.guard)
         self.hold = "whole" if hold != "nothing" and not question.stream else hold
         self.voices = [Voice(served.tokenizer, served.ends, question.stops, guard.check_output if hold != "nothing" else None, self.hold) for _ in question.jobs]
@@ -444,6 +465,7 @@ class _Answering:
             raise
 
     def _hear(self, i:int, piece:TextPiece)->None: # in the engine's thread
+        if piece.finish: self.ends[i] = piece.finish
         self.loop.call_soon_threadsafe(self.queue.put_nowait, (i, piece))
 
     def close(self)->None:
@@ -606,6 +628,33 @@ def _may(state:"_State", scope:dict)->str: # who asks, for logs and fairness
     if not (name := opens(state.keys, given.strip())): raise refuse("this API key is not known here")
     return name
 
+# %% ../nbs/10c_server.ipynb #10c0907
+_OPEN_TO_ALL = "/healthz","/readyz","/metrics" # asked by machines, by addresses that change
+
+def host_name(
+    given:str, # as `Host` has it, such as localhost:8000 or [::1]:8000
+)->str: # such as localhost or [::1]
+    "The name without its port, in small letters."
+    found = re.fullmatch(r"(\[[^\]]*\]|[^:]*)(:\d*)?", given.strip())
+    return found[1].rstrip(".").lower() if found else given.strip().lower()
+
+def allowed_hosts(
+    bound:str, # the address to listen on
+    given:Sequence[str]=(), # more names; `*` for all
+    *,
+    has_keys:bool=False, # whether strangers need a key
+)->tuple[str, ...]|None: # for `make_app`; None: all
+    "By which names a server may be asked."
+    is_open = bound in ("0.0.0.0", "::")
+    if "*" in given or is_open and has_keys and not given: return None
+    own = [] if is_open else [f"[{bound}]" if ":" in bound else bound]
+    return tuple(dict.fromkeys(host_name(f"[{n}]" if n.count(":") > 1 and not n.startswith("[") else n) for n in ("localhost", "127.0.0.1", "[::1]", *own, *given)))
+
+def _is_called_by_name(state:"_State", scope:dict, headers:Mapping[str, str])->None:
+    "`ApiError` where a request is meant for somebody else."
+    if state.hosts is None or scope["path"] in _OPEN_TO_ALL or host_name(headers.get("host", "")) in state.hosts: return
+    raise ApiError(403, f"this server is not called {ascii(headers.get('host', ''))[:100]}: ask it by {state.hosts[0]}, or start it with --allow-host", "wrong_host")
+
 # %% ../nbs/10c_server.ipynb #10c092
 class _Gone(Exception):
     "The client has left."
@@ -652,6 +701,7 @@ class _Door:
             await send(message)
         try:
             try:
+                _is_called_by_name(self.state, scope, headers)
                 if scope["path"].startswith(("/v1/", "/admin/")) and scope["method"] != "OPTIONS": row["client"] = _may(self.state, scope) # before anything is read
                 try: body = await asyncio.wait_for(self._body(receive), self.state.limits.body_seconds)
                 except asyncio.TimeoutError: raise ApiError(408, f"the request was not complete after {self.state.limits.body_seconds:g} seconds", "request_timeout", headers={"connection":"close"}) from None
@@ -738,13 +788,15 @@ def make_app(
     *,
     keys:Sequence[str]=(), # that open it; none: everybody may ask
     origins:Sequence[str]=(), # web pages of other addresses that may ask, such as https://example.org
-    feedback:str|Path|None=None, # file for thumbs up and down; None: nobody is asked
+    feedback:object|None=None, # for thumbs up and down: a file, which gets JSON lines, or a store of chapter 11a, which keeps the numbers of each request, too; None: nobody is asked
     log_text:bool=False, # whether questions and answers go into the log
     reopen:Callable[[], Served]|None=None, # opens the model again, for a reload; None: there is none
+    hosts:Sequence[str]|None=None, # names by which it may be asked, of `allowed_hosts`; None: all
 )->"fastapi.FastAPI": # an ASGI application
     "An OpenAI-compatible server."
     fastapi = optional_package("fastapi", "serve", "the server")
-    state = _State(served, limits, keys=tuple(keys), origins=tuple(origins), feedback=Path(feedback) if feedback else None, log_text=log_text, reopen=reopen)
+    state = _State(served, limits, keys=tuple(keys), origins=tuple(origins), feedback=feedback if hasattr(feedback, "add") else Path(feedback) if feedback else None, log_text=log_text, reopen=reopen)
+    state.hosts = None if hosts is None else tuple(hosts)
     app = fastapi.FastAPI(title="llm_scratch", docs_url=None, redoc_url=None) # those two pages ask for files of others
     app.state.server = state
     for part in (_answer_routes, _model_routes, _operator_routes): part(app, state)
@@ -783,20 +835,33 @@ async def _answer(state:_State, request:"starlette.requests.Request", body:objec
     served = state.served
     if body.model and body.model != served.name: raise ApiError(404, f"there is no model {ascii(body.model)} here: ask for {served.name}", "model_not_found", "model")
     if name := unsupported(body.model_extra or {}): raise ApiError(400, f"{name} is not supported by this server: leave it out", "unsupported", name)
-    question = await asyncio.to_thread(read, body, served, state.limits, who, served.guard and _Counting(served.guard, state.metrics))
+    guard = served.guard and _Counting(served.guard, state.metrics)
+    question = await asyncio.to_thread(read, body, served, state.limits, who, guard)
     if state.served is not served: return await _answer(state, request, body, read, shape) # another model has come meanwhile, with ids of its own
-    answering = _Answering(state, question)
+    answering = _Answering(state, question, guard)
     row |= dict(stream=question.stream, n_prompt=sum(map(len, question.prompts)))
     if state.log_text: row["asked"] = body.model_dump(include={"messages", "prompt"})
     about = dict(id=f"{shape.prefix}-{row['id']}", created=int(time.time()), model=served.name)
     return await _respond(answering, request, shape, about)
 
 # %% ../nbs/10c_server.ipynb #10c106
-def _finish(answering:_Answering, row:dict)->None:
-    "The end of an answer, for the log."
+def _record(answering:_Answering, about:dict, seconds:float)->None:
+    "The numbers of one request into a store; where that fails it is counted, and the answer stays."
+    from llm_scratch.feedback import Interaction
+    finishes = ["content_filter"] if answering.question.said is not None else [v.finish or answering.ends.get(i, "cancelled") for i,v in enumerate(answering.voices)]
+    told = dict(finish=",".join(dict.fromkeys(finishes)), guard=",".join(dict.fromkeys(answering.did)))
+    model = next((t.model for t in answering.tickets if getattr(t, "model", None)), about["model"]) # an engine of several versions says which one it was
+    try: answering.state.feedback.add(Interaction(about["id"], time.time()-seconds, model, "", "", latency_s=seconds, n_tokens=answering.n_new, **told))
+    except Exception:
+        answering.state.metrics("errors", "feedback_lost").inc()
+        _log.exception("the numbers of a request are lost")
+
+def _finish(answering:_Answering, row:dict, about:dict)->None:
+    "The end of an answer, for the log and for a store."
     row |= dict(n_new=answering.n_new) | (dict(ttft_ms=round(1000*(answering.first-answering.start), 1)) if answering.first else {})
     if answering.state.log_text: row["answered"] = [v.text for v in answering.voices]
     answering.close()
+    if hasattr(answering.state.feedback, "add"): answering.loop.run_in_executor(None, _record, answering, about, time.monotonic()-answering.start)
 
 async def _respond(answering:_Answering, request:"starlette.requests.Request", shape:Shape, about:dict)->object:
     "In one piece, or as a stream."
@@ -804,7 +869,7 @@ async def _respond(answering:_Answering, request:"starlette.requests.Request", s
     seconds,row = answering.state.limits.seconds+5, request.state.row
     if not answering.question.stream:
         try: return JSONResponse(await _unless_gone(request.receive, _whole(answering, shape, about), seconds))
-        finally: _finish(answering, row)
+        finally: _finish(answering, row, about)
     class Events(StreamingResponse):
         async def __call__(self, scope, receive, send):
             async def work():
@@ -813,10 +878,27 @@ async def _respond(answering:_Answering, request:"starlette.requests.Request", s
                     async for line in lines: await send(dict(type="http.response.body", body=line.encode("utf-8"), more_body=True))
                 await send(dict(type="http.response.body", body=b"", more_body=False))
             try: await _unless_gone(receive, work(), seconds)
-            finally: _finish(answering, row)
+            finally: _finish(answering, row, about)
     return Events(iter(()), media_type="text/event-stream", headers={"cache-control":"no-store", "x-accel-buffering":"no"})
 
 # %% ../nbs/10c_server.ipynb #10c108
+async def _rate(state:_State, body:object)->None: # or `ApiError`
+    "A thumb into a store; text comes, and goes, with the consent of this click."
+    def write()->bool|None:
+        asked = next((_plain(m)["content"] for m in reversed(body.messages or ()) if m.role == "user"), "")
+        said = dict(prompt=asked, answer=body.answer or "") if body.consent else {}
+        found = state.feedback.rate(body.id, 1 if body.rating == "up" else -1, (body.comment or "") if body.consent else "", consent=body.consent, **said)
+        if body.consent and body.correction: state.feedback.correct(body.id, body.correction)
+        return found
+    for wait in (0, .1, .5): # a quick thumb may overtake the numbers of its request
+        await asyncio.sleep(wait)
+        try: found = await asyncio.to_thread(write)
+        except UserError as e:
+            _log.warning(json.dumps(dict(time=round(time.time(), 3), event="feedback lost", why=str(e)[:500])))
+            raise ApiError(503, "this server can't keep feedback now", "feedback_full") from None
+        if found is not False: return
+    raise ApiError(404, f"there is no answer {ascii(body.id)} here", "unknown_answer", "id")
+
 def _answer_routes(app:"fastapi.FastAPI", state:_State)->None:
     "The two routes that ask the model, and the one that hears what people think of it."
     from starlette.requests import Request
@@ -834,10 +916,12 @@ def _answer_routes(app:"fastapi.FastAPI", state:_State)->None:
     async def rate(body:Feedback)->dict:
         "Say whether an answer was good."
         if state.feedback is None: raise ApiError(404, "this server keeps no feedback", "no_feedback")
-        kept = body.model_dump(exclude_none=True) if body.consent else body.model_dump(include={"id", "rating"})
-        row = dict(time=round(time.time(), 3), model=state.served.name) | kept
-        with state.lock: room = await asyncio.to_thread(save_feedback, state.feedback, row, state.limits.feedback_bytes)
-        if not room: raise ApiError(503, "the file for feedback is full", "feedback_full")
+        if hasattr(state.feedback, "add"): await _rate(state, body)
+        else:
+            kept = body.model_dump(exclude_none=True) if body.consent else body.model_dump(include={"id", "rating"})
+            row = dict(time=round(time.time(), 3), model=state.served.name) | kept
+            with state.lock: room = await asyncio.to_thread(save_feedback, state.feedback, row, state.limits.feedback_bytes)
+            if not room: raise ApiError(503, "the file for feedback is full", "feedback_full")
         state.metrics("feedback", body.rating).inc()
         return dict(status="kept", text=body.consent)
 
