@@ -96,6 +96,7 @@ MAY_IMPORT = {
     "load": {"core", "comparison", "evaluation", "report"},  # within functions, which bring torch: a load generator starts at once
     "feedback": {"core", "privacy"},  # what users say is kept without personal data
     "speed": {"core", "architecture", "compiled", "evaluation", "generation"},  # evaluation: Student's interval
+    "behaviour": {"core", "evaluation", "feedback", "report"},
     "pipeline": {"core", "deployment", "quantization", "serving", "server", "adversarial", "audit", "bias", "dialogues", "fairness", "guard", "injection", "memorisation", "safety", "objectives", "architecture", "backward", "generation", "interchange", "llamacpp", "data", "sources", "cleaning", "privacy", "curation", "duplicates", "tokenization", "fastbpe", "infrastructure", "planning", "checkpointing", "engines", "launching", "monitoring", "pretraining", "rates", "stability", "watching", "evaluation", "comparison", "perplexity", "metrics", "harness", "bridge", "report", "alignment", "assistant", "classification", "clauses", "footprint", "methods"},
 }
 HEAVY = {"datasets", "tokenizers", "matplotlib", "rich", "typer", "ipywidgets", "transformers", "evaluate", "IPython", "pandas", "nbdev", "numba", "gguf", "xllamacpp",
