@@ -1782,6 +1782,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                       'llm_scratch.feedback._prepare': ('feedback.html#_prepare', 'llm_scratch/feedback.py'),
                                       'llm_scratch.feedback._problem': ('feedback.html#_problem', 'llm_scratch/feedback.py'),
                                       'llm_scratch.feedback._transaction': ('feedback.html#_transaction', 'llm_scratch/feedback.py'),
+                                      'llm_scratch.feedback.liked_between': ('feedback.html#liked_between', 'llm_scratch/feedback.py'),
                                       'llm_scratch.feedback.open_store': ('feedback.html#open_store', 'llm_scratch/feedback.py'),
                                       'llm_scratch.feedback.permitted': ('feedback.html#permitted', 'llm_scratch/feedback.py'),
                                       'llm_scratch.feedback.without_personal_data': ( 'feedback.html#without_personal_data',

@@ -326,6 +326,13 @@ with open_store(path) as s:
 def writer(path, name, n): return subprocess.Popen([sys.executable, "-c", WRITER, str(path), name, str(n)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=os.environ | dict(PYTHONPATH=str(ROOT)))
 
 
+def test_a_thumb_twice_and_a_store_twice_in_one_process(store, path):
+    "Two stores of one file in a process: closing one must not take the locks of the other."
+    store.add(one())
+    with open_store(path) as other: assert other.rate("a", 1) and store.rate("a", -1)
+    assert store.add(one("b")) == 1 and [x.rating for x in store.interactions()] == [-1, 0]
+
+
 def test_two_processes_open_one_old_file_and_write_at_once(path):
     made(path, FORMS[2], 2)
     both = [writer(path, name, 40) for name in ("p", "q")]
@@ -436,7 +443,9 @@ def test_a_quick_thumb_waits_for_the_numbers(path):
         with background_server(make_app(scripted_served("x"), feedback=Late())) as url:
             id = ask(url).json()["id"]
             assert store.interactions() == [] and ask(url, "feedback", id=id, rating="down").status_code == 200
-        assert [(x.id, x.rating) for x in store.interactions()] == [(id, -1)]
+            second = ask(url).json()["id"]
+            assert [x.id for x in store.interactions()] == [id]
+        assert {x.id:x.rating for x in store.interactions()} == {id:-1, second:0} # a server that ends has written what it owes
 
 
 def test_what_the_guard_did_is_recorded(store):

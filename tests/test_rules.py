@@ -94,7 +94,7 @@ MAY_IMPORT = {
     "browser": {"core", "deployment", "tokenization"},  # what a page runs: a graph and a tokenizer
     "containers": {"core"},
     "load": {"core", "comparison", "evaluation", "report"},  # within functions, which bring torch: a load generator starts at once
-    "feedback": {"core", "privacy"},  # what users say is kept without personal data
+    "feedback": {"core", "evaluation", "privacy"},  # what users say is kept without personal data
     "speed": {"core", "architecture", "compiled", "evaluation", "generation"},  # evaluation: Student's interval
     "behaviour": {"core", "evaluation", "feedback", "report"},
     "refresh": {"core", "architecture", "backward", "checkpointing", "cleaning", "data", "duplicates", "evaluation", "lora", "pretraining", "privacy", "sources"},  # a second round through chapters 3 to 6; lora: the hash of a base
