@@ -383,6 +383,12 @@ SERVER_METRICS = (
     Metric("llm_server_cache_used_tokens", "cache_used", "gauge", "tokens", "Places of the cache in use"),
     Metric("llm_server_cache_tokens", "cache_total", "gauge", "tokens", "Places that the cache has"),
     Metric("llm_server_prefix_hits", "prefix_hits", "gauge", "answers", "Prompts that began with what a slot had read already, since the model was opened"),
+    Metric("llm_server_canary_share", "canary_share", "gauge", "share of clients", "Who gets the candidate of chapter 11e; 0 without a canary"),
+    Metric("llm_server_canary_answers", "canary_answers", "gauge", "answers", "Answers that the candidate was asked for"),
+    Metric("llm_server_canary_failures", "canary_failures", "gauge", "answers", "Of them those that it failed at, and the current model has written"),
+    Metric("llm_server_canary_ratings", "canary_ratings", "gauge", "ratings", "Ratings of the candidate that count"),
+    Metric("llm_server_canary_good", "canary_good", "gauge", "ratings", "Of them the good ones"),
+    Metric("llm_server_canary_rolled_back", "canary_rolled_back", "gauge", "1 or 0", "Whether the candidate was taken back"),
 )
 _LABELS:dict[str, tuple[str, ...]] = dict(requests=("route", "status"), errors=("code",), tokens=("kind",), guard=("side", "do"), feedback=("rating",), reloads=("outcome",))
 _BUCKETS = dict(request=(.05, .1, .25, .5, 1, 2.5, 5, 10, 25, 50, 100), first_token=(.01, .025, .05, .1, .25, .5, 1, 2.5, 5, 10, 25), speed=(1, 2, 5, 10, 20, 50, 100, 200, 500, 1000)) # upper bounds
