@@ -106,6 +106,7 @@ def main(argv:list[str]|None=None)->None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--run", type=Path, default=ROOT/"runs"/"cpu", help="a finished run of preset cpu")
     parser.add_argument("--seeds", type=int, default=3, help="how many")
+    parser.add_argument("--arms", nargs="*", default=[""], metavar="WORD", help="only arms whose names begin so; records of two such calls may be joined by hand")
     parser.add_argument("--tiny", action="store_true", help="two seeds and a few updates")
     parser.add_argument("--out", type=Path, default=ROOT/"nbs"/"refresh.json", metavar="FILE", help="the record")
     args = parser.parse_args(argv)
@@ -119,7 +120,7 @@ def main(argv:list[str]|None=None)->None:
     done, kept = {(r["text"], r["arm"], r["seed"]) for r in record["runs"]}, {}
     for text, name, arm in ARMS: # an arm for all seeds, so that a record that was cut short is of whole arms
         for seed in range(n_seeds):
-            if (text, name, seed) in done: continue
+            if (text, name, seed) in done or not name.startswith(tuple(args.arms)): continue
             start, arm = time.process_time(), {k: v for k, v in arm.items() if not (args.tiny and k == "means")}
             first = w.new("encyclopaedia", seed)
             if text == "encyclopaedia": base, old, new = w.model, w.old, first
