@@ -98,6 +98,7 @@ MAY_IMPORT = {
     "speed": {"core", "architecture", "compiled", "evaluation", "generation"},  # evaluation: Student's interval
     "behaviour": {"core", "evaluation", "feedback", "report"},
     "refresh": {"core", "architecture", "backward", "checkpointing", "cleaning", "data", "duplicates", "evaluation", "lora", "pretraining", "privacy", "sources"},  # a second round through chapters 3 to 6; lora: the hash of a base
+    "drift": {"core", "behaviour", "evaluation", "feedback", "metrics"},  # behaviour: groups of texts and their names; metrics: words and features
     "pipeline": {"core", "deployment", "quantization", "serving", "server", "adversarial", "audit", "bias", "dialogues", "fairness", "guard", "injection", "memorisation", "safety", "objectives", "architecture", "backward", "generation", "interchange", "llamacpp", "data", "sources", "cleaning", "privacy", "curation", "duplicates", "tokenization", "fastbpe", "infrastructure", "planning", "checkpointing", "engines", "launching", "monitoring", "pretraining", "rates", "stability", "watching", "evaluation", "comparison", "perplexity", "metrics", "harness", "bridge", "report", "alignment", "assistant", "classification", "clauses", "footprint", "methods"},
 }
 HEAVY = {"datasets", "tokenizers", "matplotlib", "rich", "typer", "ipywidgets", "transformers", "evaluate", "IPython", "pandas", "nbdev", "numba", "gguf", "xllamacpp",
