@@ -87,7 +87,7 @@ MAY_IMPORT = {
     "audit": {"core", "comparison", "data", "evaluation", "monitoring", "objectives", "report", "safety"},  # data: whose texts; monitoring: the log of a run; objectives: whose promises
     "serving": {"core", "architecture", "compiled", "generation"},
     "promotion": {"core", "audit", "comparison", "evaluation", "serving", "speed"},  # audit and speed: two audits and two clocks are evidence; serving: the canary is an engine
-    "server": {"core", "assistant", "guard", "monitoring", "serving"},  # assistant: the chat template; monitoring: what a metric is
+    "server": {"core", "assistant", "feedback", "guard", "monitoring", "serving"},  # assistant: the chat template; feedback, within a function: a store of a later chapter; monitoring: what a metric is
     "kubernetes": {"core", "architecture", "data"},  # data: the pinned file that helm is in
     "inferentia": {"core", "architecture", "costs"},  # what is rented
     "deployment": {"core", "architecture", "families", "generation", "interchange", "tokenization"},
@@ -99,6 +99,7 @@ MAY_IMPORT = {
     "behaviour": {"core", "evaluation", "feedback", "report"},
     "refresh": {"core", "architecture", "backward", "checkpointing", "cleaning", "data", "duplicates", "evaluation", "lora", "pretraining", "privacy", "sources"},  # a second round through chapters 3 to 6; lora: the hash of a base
     "drift": {"core", "behaviour", "evaluation", "feedback", "metrics"},  # behaviour: groups of texts and their names; metrics: words and features
+    "improvement": {"core", "architecture", "behaviour", "data", "drift", "evaluation", "fastbpe", "feedback", "generation", "interchange", "pretraining", "promotion", "refresh", "report", "serving", "tokenization"},  # the loop: a turn joins all parts of chapter 11
     "pipeline": {"core", "deployment", "quantization", "serving", "server", "adversarial", "audit", "bias", "dialogues", "fairness", "guard", "injection", "memorisation", "safety", "objectives", "architecture", "backward", "generation", "interchange", "llamacpp", "data", "sources", "cleaning", "privacy", "curation", "duplicates", "tokenization", "fastbpe", "infrastructure", "planning", "checkpointing", "engines", "launching", "monitoring", "pretraining", "rates", "stability", "watching", "evaluation", "comparison", "perplexity", "metrics", "harness", "bridge", "report", "alignment", "assistant", "classification", "clauses", "footprint", "methods"},
 }
 HEAVY = {"datasets", "tokenizers", "matplotlib", "rich", "typer", "ipywidgets", "transformers", "evaluate", "IPython", "pandas", "nbdev", "numba", "gguf", "xllamacpp",
