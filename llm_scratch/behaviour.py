@@ -15,7 +15,7 @@ import re
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from datetime import datetime, timezone
+from datetime import datetime, timedelta, timezone
 from html import escape
 from pathlib import Path
 from typing import NamedTuple
@@ -367,16 +367,17 @@ def behaviour_figures(
     from matplotlib.dates import AutoDateLocator, ConciseDateFormatter
     bins,figures = time_bins(interactions),{}
     at = [datetime.fromtimestamp(b.start, timezone.utc) for b in bins]
-    step = (at[1]-at[0]) if len(at) > 1 else 1/48 # days
+    step = at[1]-at[0] if len(at) > 1 else timedelta(minutes=30)
+    middle = [t+step/2 for t in at]
     for name,title,ylabel in (("requests", "how much is asked", "requests"), ("ratings", "how often it is bad", "share of judged answers"), ("latency", "how long users wait", "seconds")):
         figures[name],ax = _axes(title, ylabel)
         if name == "requests": ax.bar(at, [b.n for b in bins], width=step, align="edge", color="C0", edgecolor="white", lw=.5)
-        if name == "ratings": ax.errorbar(at, [b.bad.mean for b in bins], [1.96*b.bad.stderr if b.bad.n else 0 for b in bins], fmt="o", ms=3, capsize=2, color="C3")
+        if name == "ratings": ax.errorbar(middle, [b.bad.mean for b in bins], [1.96*b.bad.stderr if b.bad.n else 0 for b in bins], fmt="o", ms=3, capsize=2, color="C3")
         if name == "latency":
-            for what,values in (("median", [b.median_s for b in bins]), ("nine of ten", [b.slow_s for b in bins])): ax.plot(at, values, marker=".", lw=1.2, label=what)
+            for what,values in (("median", [b.median_s for b in bins]), ("nine of ten", [b.slow_s for b in bins])): ax.plot(middle, values, marker=".", lw=1.2, label=what)
             ax.legend(fontsize=7, frameon=False)
-        ax.set_ylim(0, 1 if name == "ratings" else None)
-        ax.xaxis.set_major_locator(places := AutoDateLocator(maxticks=6))
+        ax.set(xlim=(at[0]-step/4, at[-1]+5*step/4), ylim=(0, 1 if name == "ratings" else None))
+        ax.xaxis.set_major_locator(places := AutoDateLocator(minticks=2, maxticks=6))
         ax.xaxis.set_major_formatter(ConciseDateFormatter(places))
     return figures
 
