@@ -154,19 +154,21 @@ def about(self:ReplayBatches)->dict: # JSON can hold it
     return dict(share_new=self.share_new, context_len=self.context_len, batch_size=self.batch_size*self.world, seed=self.seed, **rows)
 
 # %% ../nbs/11d_refresh.ipynb #11d01d
+def _groups(state:TrainState)->list[dict]: return [g for opt in state.optimizers for g in opt.param_groups]
+
 def recall_means(
     state:TrainState, # with fresh optimizers; its weights stay
     checkpoint:str|Path, # the last one of the run before, in one file
 )->TrainState: # the same state
-    "Give optimizers the running means with which an earlier run of the same model ended."
-    path,remedy = Path(checkpoint),f"leave out {checkpoint}: fresh optimizers do as well"
+    "Give optimizers the running means with which an earlier run of a model of this shape ended."
+    path,remedy = Path(checkpoint),f"leave out {checkpoint}, optimizers can begin afresh"
     check_seal(path, "checkpoint", ("state.json", "state.safetensors"), remedy)
-    mine = [sorted(g.keys() - {"params"}) for opt in state.optimizers for g in opt.param_groups]
-    if mine != [sorted(g) for g in read_json(path/"state.json", remedy)["groups"]]: raise UserError(f"{path} is of other optimizers: {remedy}")
-    own = {f"model.{name}":x.clone() for name,x in state.model.state_dict().items()}
-    numbers = [{k:v for k,v in g.items() if k != "params"} for opt in state.optimizers for g in opt.param_groups]
-    state.engine.load_full_state(state.model, state.optimizers, load_file(path/"state.safetensors") | own)
-    for g,n in zip([g for opt in state.optimizers for g in opt.param_groups], numbers): g.update(n)
+    if [sorted(g.keys() - {"params"}) for g in _groups(state)] != [sorted(g) for g in read_json(path/"state.json", remedy)["groups"]]: raise UserError(f"{path} is of other optimizers: {remedy}")
+    weights = {name:x.clone() for name,x in state.model.state_dict().items()}
+    rates = [{k:v for k,v in g.items() if k != "params"} for g in _groups(state)]
+    state.engine.load_full_state(state.model, state.optimizers, load_file(path/"state.safetensors"))
+    state.model.load_state_dict(weights)
+    for g,mine in zip(_groups(state), rates): g.update(mine)
     return state
 
 # %% ../nbs/11d_refresh.ipynb #11d01e
@@ -215,7 +217,7 @@ def domain_bits(
     nats = {name:token_nats(model, [[tok.eot_id, *tok.encode(t)] for t in texts]) for name,texts in domains.items()}
     return {name:bits_per_byte([x.sum() for x in nats[name]], [len(t.encode("utf-8")) for t in texts]) for name,texts in domains.items()}
 
-# %% ../nbs/11d_refresh.ipynb #11d02b
+# %% ../nbs/11d_refresh.ipynb #11d02c
 def file_hashes(
     path:str|Path, # a file or a folder
 )->dict[str, str]: # name within it to SHA-256, in order; `""` is the name of a file itself
@@ -225,9 +227,11 @@ def file_hashes(
     if not path.is_dir(): raise UserError(f"{path} is missing: there is nothing to take a checksum of")
     return {str(p.relative_to(path).as_posix()):sha256_file(p) for p in sorted(path.rglob("*")) if p.is_file()}
 
+def _one_hash(files:dict[str, str])->str: return files[""] if "" in files else _digest(files)
+
 def _digest(value:object)->str: return hashlib.sha256(json.dumps(value, sort_keys=True, ensure_ascii=False).encode("utf-8")).hexdigest()
 
-# %% ../nbs/11d_refresh.ipynb #11d02c
+# %% ../nbs/11d_refresh.ipynb #11d02d
 @dataclass(frozen=True)
 class Node:
     "One version of one thing, and what it was made of."
@@ -245,7 +249,7 @@ def _sealed(node:Node, nodes:Mapping[str, Node])->str:
     own = {k:v for k,v in asdict(node).items() if k != "seal"} | dict(parents=[[p, nodes[p].seal] for p in node.parents])
     return _digest(own)
 
-# %% ../nbs/11d_refresh.ipynb #11d02d
+# %% ../nbs/11d_refresh.ipynb #11d02e
 class Lineage:
     "What was made of what, in a file of JSON: nodes that only grow in number."
     def __init__(self,
@@ -274,7 +278,7 @@ class Lineage:
         for node in reversed(self.nodes.values()): wanted |= {*node.parents} if node.name in wanted else set()
         return [node for node in self.nodes.values() if node.name in wanted]
 
-# %% ../nbs/11d_refresh.ipynb #11d02e
+# %% ../nbs/11d_refresh.ipynb #11d02f
 @patch
 def add_node(self:Lineage,
     name:str, # of this version, such as `model-001`
@@ -290,7 +294,8 @@ def add_node(self:Lineage,
     if unknown := [p for p in parents if p not in self.nodes]: raise UserError(f"{name} is to come from {unknown[0]}, which is not in {self.path}: add that first, there are {', '.join(self.nodes) or 'none'}")
     if (path is None) == (not sha256): raise UserError(f"{name}: give a path or a sha256, one of both")
     files,at = ({},"") if path is None else (file_hashes(path),Path(os.path.relpath(path, self.path.parent)).as_posix())
-    if path is not None: sha256 = files.pop("") if "" in files else _digest(files)
+    sha256 = sha256 or _one_hash(files)
+    files.pop("", None)
     node = Node(name, kind, sha256, parents, how, at, files)
     node = Node(**{**vars(node), "seal":_sealed(node, self.nodes)})
     if self.nodes.get(name, node) != node: raise UserError(f"{self.path} has another {name}, {self.nodes[name].sha256[:12]}…, not {sha256[:12]}…: a version never changes, give the new one a name of its own")
@@ -298,7 +303,7 @@ def add_node(self:Lineage,
     self.save()
     return node
 
-# %% ../nbs/11d_refresh.ipynb #11d02f
+# %% ../nbs/11d_refresh.ipynb #11d030
 def _check_node(node:Node, lineage:Lineage)->None:
     "`UserError` unless the node is as it was sealed, and its files are."
     remedy = f"restore it from a backup, or make {node.name} again under another name"
@@ -307,7 +312,8 @@ def _check_node(node:Node, lineage:Lineage)->None:
     path = lineage.path.parent/node.path
     if not path.exists(): raise UserError(f"{path} of {node.name} is missing: {remedy}")
     found = file_hashes(path)
-    wanted = node.files if path.is_dir() else {"":node.sha256}
+    if _one_hash(found) == node.sha256: return
+    wanted = node.files or {"":node.sha256}
     for name in dict.fromkeys([*wanted, *found]):
         if found.get(name) != wanted.get(name): raise UserError(f"{path/name if name else path} of {node.name} {'is missing' if name not in found else 'was changed' if name in wanted else 'is new'}: {remedy}")
 
@@ -322,7 +328,7 @@ def check_lineage(
     for node in nodes: _check_node(node, lineage)
     return nodes
 
-# %% ../nbs/11d_refresh.ipynb #11d030
+# %% ../nbs/11d_refresh.ipynb #11d031
 def lineage_figure(
     lineage:Lineage, # any
     tip:str="", # whose ancestors are drawn strong; empty is all
