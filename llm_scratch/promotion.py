@@ -622,6 +622,7 @@ def _move(self:CanaryEngine, relay:_Relay)->bool: # whether it is settled
     self._over(relay)
     return True
 
+# %% ../nbs/11e_promotion.ipynb #11e081
 @patch
 def _work(self:CanaryEngine)->None:
     "What the thread does: hand over what failed, and look who is silent."
@@ -669,6 +670,7 @@ def known_as(
     with self._changed:
         if ticket in self._answers: self._answers[id] = self._answers.pop(ticket)
 
+# %% ../nbs/11e_promotion.ipynb #11e083
 @patch
 def roll_back(
     self:CanaryEngine,
@@ -707,6 +709,7 @@ def swap(
     "Let the current engine go on with another model; the candidate stays."
     self.current.swap(model)
 
+# %% ../nbs/11e_promotion.ipynb #11e0845
 @patch
 def close(
     self:CanaryEngine,

@@ -177,6 +177,11 @@ def test_wagers():
         w = Wager(.1, alpha=.1)
         rings += any(w.see(float(x)) for x in rng.random(150) < .1)
     assert rings/200 <= .1+1.96*(.1*.9/200)**.5
+    xs = (rng.random(200) < .4).astype(float)
+    together = np.mean([np.cumprod(1+s*(xs-.1)) for s in Wager(.1).stakes], axis=0) # the purse, and not the richest player
+    w = Wager(.1)
+    for x in xs: w.see(x)
+    assert w.alarm_at == 1+int(np.argmax(together >= 20))
     w = Wager(.1)
     for n in range(1, 200):
         if w.see(float(n%3 == 0)): break
