@@ -64,6 +64,7 @@ from .footprint import METHODS, Tuning
 from .generation import Cache, sample, stream
 from .guard import Safeguard, audit_guard, guarded, load_policy, make_guard
 from .harness import ModelScorer, NGramScorer, Task, TaskResult, baselines, stand
+from .improvement import Turn, improve_run
 from .infrastructure import HardwareSampler, doctor_rows, hardware_report, local_preflight, measured_rows, preflight_rank, read_memory
 from .injection import FULL_KIT, audit_injection, hardened
 from .interchange import TOKENIZER_FILES, copy_tokenizer, find_tensors, load_hf, load_special_ids, save_hf
@@ -1581,6 +1582,19 @@ def _tune_leg(run:Run, task:str)->None:
     else: tune_chat(run, min(300, run.preset.n_steps), _track())
     _console().print(f"finetune  {task} in {run.tuned}", soft_wrap=True)
 
+def _said_of(turn:Turn)->None:
+    old,new = turn.before["all"],turn.after["all"]
+    _console().print(f"improve   turn {turn.number}: {'promoted' if turn.promoted else 'refused'}, {turn.version} answers now; {old['mean']:.2f} ({old['low']:.2f} to {old['high']:.2f}) of the users satisfied before, {new['mean']:.2f} ({new['low']:.2f} to {new['high']:.2f}) after: {turn.folder/'turn.html'}", soft_wrap=True)
+
+def _improve_leg(run:Run, n_turns:int=1, seed:int|None=None)->list[Turn]: # done
+    "Turns of the loop, each told as it ends."
+    turns = []
+    with _console().status("a turn of the loop") as status:
+        for turn in improve_run(run.folder, n_turns, seed=run.seed if seed is None else seed, on_part=lambda part: status.update(f"a turn of the loop: {part}")):
+            _said_of(turn)
+            turns.append(turn)
+    return turns
+
 def _audit_leg(run:Run, promised:Brief|None)->None:
     at = run.folder/"guard"
     _audited(*open_subject(run.folder, "chat"), run.folder, run, promised, _shield(at, promised), at, run.folder/"audit", seed=run.seed)
@@ -1602,7 +1616,8 @@ def run_legs(
             Leg("data", lambda: _documents(run, workers), run.documents.exists), Leg("tokenize", lambda: _tokens(run), lambda: all((run.tokens/s).exists() for s in ("train", "validation"))),
             Leg("prepare", lambda: write_machine(run.folder, _here_plan(run.preset)), is_file("machine.json")), Leg("pretrain", train, run.model.exists),
             Leg("evaluate", lambda: _evaluation(run), is_file("report.html")), Leg("finetune", lambda: _tune_leg(run, task()), lambda: is_file("tuned", f"{task()}.jsonl")(), silent),
-            Leg("audit", lambda: _audit_leg(run, promised()), is_file("audit", "manifest.json"), lambda: no_room_to_talk(run.preset)), Leg("export", lambda: export_bundle(run.folder, run.folder/"bundle"), is_file("bundle", "bundle.json"))]
+            Leg("audit", lambda: _audit_leg(run, promised()), is_file("audit", "manifest.json"), lambda: no_room_to_talk(run.preset)), Leg("export", lambda: export_bundle(run.folder, run.folder/"bundle"), is_file("bundle", "bundle.json")),
+            Leg("improve", lambda: _improve_leg(run), is_file("improve", "turns", "000", "turn.json"))]
 
 
 # %% ../nbs/12_pipeline.ipynb #f6run001c
@@ -1638,6 +1653,17 @@ def _run_verb(
     print(f"scorecard: {r.folder/'scorecard.html'}")
     done = [leg.verb for leg in legs if leg.done()]
     _gates([v for v in folder_verdicts(r.folder) if v.gate.step in done])
+
+
+# %% ../nbs/12_pipeline.ipynb #w1impr01
+@_verb("improve")
+def _improve_verb(run:_RunOption=None, preset:_PresetOption=None, turns:Annotated[int, typer.Option(help="of the loop", min=1)]=1, seed:Annotated[int, typer.Option(help="of the users", show_default="that of the run")]=None)->None:
+    "Turns of the loop: users ask, failures are found, new text is learned, a candidate is promoted or refused; one that was broken off goes on. Status 1 if the last candidate was refused."
+    r = open_run(_home(run, preset))
+    if not r.model.exists(): raise _missing(r, r.model, "pretrain")
+    done = _improve_leg(r, turns, seed)
+    print(f"scorecard: {save_scorecard(r.folder)}")
+    if not done[-1].promoted: _fail(f"the candidate of turn {done[-1].number} was refused: {'; '.join(done[-1].reasons)}", 1)
 
 
 # %% ../nbs/12_pipeline.ipynb #1c596d92

@@ -229,20 +229,21 @@ def tell_deployment(
     return Told(f"ONNX in {len(kinds)} kinds, each compared with the model. Nats per position apart: {far}.", _bars({k:(x["bytes"]/1e6, 0) for k,x in kinds.items()}, "MB"), _there(folder, "bundle/bundle.json"))
 
 # %% ../nbs/11g_scorecard.ipynb #11g031
+def _ended(turn:Mapping)->str: return "promoted" if turn["promoted"] else "refused"
 def _turns(folder:Path)->list[dict]: return [read_json(p) for p in sorted((folder/"improve"/"turns").glob("*/turn.json"))] # finished ones
 
 def tell_improvement(
     folder:Path, # of a run
 )->Told|None:
-    "How content the users were before and after each turn of the loop."
+    "How many users were satisfied before the loop and after each turn."
     if not (turns := _turns(folder)): return None
-    fig,ax = _plot("turn", "users content")
-    for key,color,dx in (("before", "#9a9a9a", -.08), ("after", "#b5651d", .08)):
-        values = [_bar(t[key]) for t in turns]
-        ax.errorbar([i+dx for i in range(1, len(turns)+1)], [v for v,_ in values], [2*e for _,e in values], fmt="o", color=color, label=key)
-    ax.set_xticks(range(1, len(turns)+1)); ax.legend(frameon=False)
-    last = turns[-1]
-    return Told(f"{len(turns)} turn{'s'[:len(turns) > 1]}: {turns[0]['before']['mean']:.2f} → {last['after']['mean']:.2f} of the users' wishes met; the last candidate was {last['outcome']}.", fig, _there(folder, *(f"improve/turns/{p.parent.name}/turn.html" for p in sorted((folder/'improve'/'turns').glob('*/turn.json')))))
+    states = [turns[0]["before"]["all"], *(t["after"]["all"] for t in turns)]
+    mean,low,high = (np.array([x[k] for x in states]) for k in ("mean", "low", "high"))
+    fig,ax = _plot("turns", "share satisfied", ylim=(0, 1))
+    ax.errorbar(range(len(states)), mean, [mean-low, high-mean], marker="o", color="#b5651d", capsize=3)
+    ax.set_xticks(range(len(states)))
+    pages = (f"improve/turns/{p.parent.name}/turn.html" for p in sorted((folder/"improve"/"turns").glob("*/turn.json")))
+    return Told(f"{len(turns)} turn{'s'[:len(turns) > 1]} with simulated users: {mean[0]:.2f} → {mean[-1]:.2f} of them are satisfied; the last candidate was {_ended(turns[-1])}.", fig, _there(folder, *pages))
 
 STEPS:dict[str, tuple[str, Callable[[Path], Told|None]]] = dict(plan=("Objectives", tell_objectives), design=("Architecture", tell_architecture), data=("Data", tell_data), tokenize=("Tokens", tell_tokens), prepare=("Infrastructure", tell_infrastructure),
     pretrain=("Pretraining", tell_pretraining), evaluate=("Evaluation", tell_evaluation), finetune=("Fine-tuning", tell_finetuning), audit=("Safety", tell_safety), export=("Deployment", tell_deployment), improve=("The loop", tell_improvement)) # verb to the step's name and what tells of it
@@ -282,7 +283,7 @@ def _smaller(folder:Path)->Iterator[str]:
     if near: yield f"Serve the kind {(k := min(near, key=lambda k: near[k]['bytes']))}: {near[k]['bytes']/kinds['fp32']['bytes']:.0%} of the size, {near[k]['parity']['kl']:.1g} nats per position from the model (chapter 10a)."
 
 def _again(folder:Path)->Iterator[str]:
-    if turns := _turns(folder): yield f"Another turn of the loop, the last was {turns[-1]['outcome']}: llm-scratch improve (chapter 11)."
+    if turns := _turns(folder): yield f"Another turn of the loop, the last candidate was {_ended(turns[-1])}: llm-scratch improve (chapter 11)."
 
 def next_steps(
     folder:Path, # of a run
