@@ -198,8 +198,8 @@ PLANTED = {
     "budget that stops every drain": (path("PodDisruptionBudget", "spec", "maxUnavailable", value=0), "disruption", "spec", "no machine can ever be drained"),
     "autoscaler's target": (path("HorizontalPodAutoscaler", "spec", "scaleTargetRef", "name", value="llm-server"), "hpa", "spec.scaleTargetRef.name", "llm"),
     "Ingress's Service": (path("Ingress", "spec", "rules", 0, "http", "paths", 0, "backend", "service", "name", value="lm"), "ingress", "backend.service.name", "give llm"),
-    "memory": (pod_path(*C, "resources", "limits", "memory", value="256Mi"), "deployment", "resources.limits.memory", "608Mi"),
-    "no memory": (pod_path(*C, "resources", "limits", value={}), "deployment", "resources.limits.memory", "608Mi"),
+    "memory": (pod_path(*C, "resources", "limits", "memory", value="256Mi"), "deployment", "resources.limits.memory", "704Mi"),
+    "no memory": (pod_path(*C, "resources", "limits", value={}), "deployment", "resources.limits.memory", "704Mi"),
 }
 
 
