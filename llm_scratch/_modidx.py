@@ -2485,6 +2485,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                     'llm_scratch/kubernetes.py'),
                                         'llm_scratch.kubernetes._link_faults': ( 'kubernetes.html#_link_faults',
                                                                                  'llm_scratch/kubernetes.py'),
+                                        'llm_scratch.kubernetes._name_faults': ( 'kubernetes.html#_name_faults',
+                                                                                 'llm_scratch/kubernetes.py'),
                                         'llm_scratch.kubernetes._near': ('kubernetes.html#_near', 'llm_scratch/kubernetes.py'),
                                         'llm_scratch.kubernetes._numbered': ('kubernetes.html#_numbered', 'llm_scratch/kubernetes.py'),
                                         'llm_scratch.kubernetes._pods': ('kubernetes.html#_pods', 'llm_scratch/kubernetes.py'),
