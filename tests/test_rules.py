@@ -92,6 +92,7 @@ MAY_IMPORT = {
     "deployment": {"core", "architecture", "families", "generation", "interchange", "tokenization"},
     "browser": {"core", "deployment", "tokenization"},  # what a page runs: a graph and a tokenizer
     "containers": {"core"},
+    "security": {"core", "guard", "report", "safety"},  # guard: its policies are changed with tests; safety: how a text is named without saying it
     "load": {"core", "comparison", "evaluation", "report"},  # within functions, which bring torch: a load generator starts at once
     "speed": {"core", "architecture", "compiled", "evaluation", "generation"},  # evaluation: Student's interval
     "pipeline": {"core", "deployment", "quantization", "serving", "server", "adversarial", "audit", "bias", "dialogues", "fairness", "guard", "injection", "memorisation", "safety", "objectives", "architecture", "backward", "generation", "interchange", "llamacpp", "data", "sources", "cleaning", "privacy", "curation", "duplicates", "tokenization", "fastbpe", "infrastructure", "planning", "checkpointing", "engines", "launching", "monitoring", "pretraining", "rates", "stability", "watching", "evaluation", "comparison", "perplexity", "metrics", "harness", "bridge", "report", "alignment", "assistant", "classification", "clauses", "footprint", "methods"},
