@@ -138,7 +138,7 @@ def _age_row(known:Advisories, today:date, max_age:int)->SecurityRow:
     if age < 0: return SecurityRow("packages", "advisories", "unknown", f"the newest is of {known.newest}, and today is {today}: one of the two is wrong")
     stale = f"{age} days old: what became known since is not seen; fetch a new list" if age > max_age else ""
     part = "a selection, and not the whole list" if known.about.get("complete") is False else ""
-    return SecurityRow("packages", "advisories", "unknown" if stale or part else "fine", f"{len(known.items)} of {len({a.package for a in known.items})} packages, the newest of {known.newest}" + "".join(f"; {x}" for x in (stale, part) if x))
+    return SecurityRow("packages", "advisories", "unknown" if stale or part else "fine", f"{len(known.items)} advisories of {len({a.package for a in known.items})} packages, the newest of {known.newest}" + "".join(f"; {x}" for x in (stale, part) if x))
 
 # %% ../nbs/11f_security.ipynb #11f021
 def audit_dependencies(
@@ -159,7 +159,7 @@ def audit_dependencies(
     if not any(r.state == "found" for r in rows): rows.append(SecurityRow("packages", f"{len(packages)} packages", "fine", f"the list names {named} of them, and none has a hole that it knows"))
     return rows
 
-# %% ../nbs/11f_security.ipynb #11f026
+# %% ../nbs/11f_security.ipynb #11f027
 class PartChange(NamedTuple):
     "A difference between two lists of parts."
     what:str # added, removed, newer, older, other, relicensed, or replaced: the same version with other contents
@@ -179,7 +179,7 @@ def _licences(part:Mapping)->str:
 
 def _hash(part:Mapping)->str: return next((h["content"] for h in part.get("hashes", ()) if h["alg"] == "SHA-256"), "")
 
-# %% ../nbs/11f_security.ipynb #11f027
+# %% ../nbs/11f_security.ipynb #11f028
 def _moved(before:str, after:str, name:str)->str: # newer, older or other
     a,b = _version(before),_version(after)
     return "other" if not name.startswith("pkg:pypi/") or a is None or b is None or a == b else "newer" if b > a else "older" # Debian orders its versions by a rule of its own
@@ -201,7 +201,7 @@ def sbom_diff(
     order = "replaced","older","relicensed","added","other","newer","removed"
     return sorted(found, key=lambda c: (order.index(c.what), c.name))
 
-# %% ../nbs/11f_security.ipynb #11f031
+# %% ../nbs/11f_security.ipynb #11f032
 def text_entropy(
     text:str, # any
 )->float: # bits per character, from 0 to log2 of its length
@@ -213,7 +213,7 @@ def _turns(text:str)->float: # share of neighbours that are of different kinds: 
     kinds = [0 if c.islower() else 1 if c.isupper() else 2 if c.isdigit() else 3 for c in text]
     return sum(a != b for a,b in zip(kinds, kinds[1:]))/max(1, len(text)-1)
 
-# %% ../nbs/11f_security.ipynb #11f034
+# %% ../nbs/11f_security.ipynb #11f035
 SECRET_RULES:dict[str, str] = { # kind to pattern; the group, where there is one, is the secret
     "private key":r"-----BEGIN (?:[A-Z]+ )*PRIVATE KEY-----", "key of AWS":r"\b(?:AKIA|ASIA)[0-9A-Z]{16}\b", "token of GitHub":r"\bgh[pousr]_[A-Za-z0-9]{36,}\b|\bgithub_pat_\w{22,}\b",
     "token of Hugging Face":r"\bhf_[A-Za-z0-9]{30,}\b", "key of OpenAI's form":r"\bsk-[A-Za-z0-9_-]{20,}", "key of Google":r"\bAIza[\w-]{35}(?![\w-])", "token of Slack":r"\bxox[abprs]-[\w-]{10,}",
@@ -249,7 +249,7 @@ def secrets_in_line(
     kept = {v:rule for v,rule in found.items() if not _STAND_IN.search(v)}
     return {v:rule for v,rule in kept.items() if not any(v != w and v in w for w in kept)}
 
-# %% ../nbs/11f_security.ipynb #11f035
+# %% ../nbs/11f_security.ipynb #11f036
 _SKIP = {".git", ".venv", "node_modules", "__pycache__", ".ipynb_checkpoints"} # folders of others
 
 def _files_under(paths:Iterable[str|Path])->Iterator[Path]:
@@ -272,7 +272,7 @@ def scan_secrets(
                 if mark not in known: found.append(SpottedSecret(str(path), n, rule, f"{value[:4]}… ({len(value)})", mark))
     return found
 
-# %% ../nbs/11f_security.ipynb #11f037
+# %% ../nbs/11f_security.ipynb #11f038
 def planted_secrets(
     rng:"random.Random", # draws every value
     n:int=8, # of each form
@@ -286,7 +286,7 @@ def planted_secrets(
         lambda: f'name = "Transformer{rng.randrange(9)}DecoderLayerWithRotaryEmbedding"', lambda: f'token = "<|reserved_{rng.randrange(99)}|>"', lambda: f"id: {draw(8, '0123456789abcdef')}-{draw(4, '0123456789abcdef')}-4{draw(3, '0123456789abcdef')}", lambda: f"--hash=sha256:{draw(64, '0123456789abcdef')}")
     return [make() for make in secret for _ in range(n)],[make() for make in none for _ in range(n)]
 
-# %% ../nbs/11f_security.ipynb #11f045
+# %% ../nbs/11f_security.ipynb #11f046
 def pickle_imports(
     data:bytes, # a pickle, or something that begins like one
 )->list[str]: # such as `posix system`, in order, each once; "?" for a name that is put together on the way
@@ -302,13 +302,13 @@ def pickle_imports(
                 last = memo.get(arg) if "GET" in op.name else arg if isinstance(arg, str) and op.name not in ("GLOBAL", "INST") else None
                 texts.append(last)
     except Exception as e:
-        if not found and not texts: raise UserError(f"this is no pickle: {e}") from None
+        if not found and data[:1] != b"\x80": raise UserError(f"this is no pickle: {e}") from None
     return list(dict.fromkeys(found))
 
 _PICKLES = {".pt", ".pth", ".pkl", ".pickle", ".ckpt", ".joblib", ".dill"} # what such files are called, mostly
-_TENSORS = re.compile(r"torch\._utils _rebuild_\w+|torch \w+Storage|collections OrderedDict|torch\.storage \w+|torch \w+|numpy(?:\.core|\._core)?\.multiarray (?:_reconstruct|scalar)|numpy (?:ndarray|dtype)|_codecs encode")
+_TENSORS = re.compile(r"torch\._utils _rebuild_\w+|torch (?:\w+Storage|Size|device|b?float\d+|u?int\d+|bool|complex\d+)|collections OrderedDict|torch\.storage (?:Unt|T)ypedStorage|numpy(?:\.core|\._core)?\.multiarray (?:_reconstruct|scalar)|numpy (?:ndarray|dtype)|_codecs encode")
 
-# %% ../nbs/11f_security.ipynb #11f048
+# %% ../nbs/11f_security.ipynb #11f049
 _SIZES = dict(F64=8, I64=8, U64=8, F32=4, I32=4, U32=4, F16=2, BF16=2, I16=2, U16=2, F8_E4M3=1, F8_E5M2=1, F8_E8M0=1, I8=1, U8=1, BOOL=1, C64=8)
 
 def safetensors_fault(
@@ -330,7 +330,7 @@ def safetensors_fault(
         at = end
     return "" if at == size-8-n else f"{abs(size-8-n-at)} bytes {'are left over' if size-8-n > at else 'are missing'}"
 
-# %% ../nbs/11f_security.ipynb #11f049
+# %% ../nbs/11f_security.ipynb #11f050
 def _pickles_in(path:Path)->Iterator[tuple[str, bytes]]: # within a file: where, and bytes
     with open(path, "rb") as f: head = f.read(128)
     if zipfile.is_zipfile(path):
@@ -364,7 +364,7 @@ def _file_says(path:Path, folder:Path)->Iterator[str]: # what is wrong with one 
         else:
             if asks: yield "auto_map asks the reader to run a program of the model's author: take it out"
 
-# %% ../nbs/11f_security.ipynb #11f050
+# %% ../nbs/11f_security.ipynb #11f051
 def _seal_rows(folder:Path, sealed:str|None)->Iterator[SecurityRow]:
     at,names = folder/"manifest.json",{p.name for p in folder.iterdir() if p.is_file()} - {"manifest.json"}
     row = lambda state,says: SecurityRow("weights", str(folder), state, says)
@@ -384,10 +384,10 @@ def check_weights(
     if not folder.is_dir(): raise UserError(f"{folder} is not a folder: give one with weights")
     files = sorted(p for p in folder.rglob("*") if not p.is_dir() or p.is_symlink())
     rows = [SecurityRow("weights", str(p), "found", says) for p in files for says in _file_says(p, folder)] + [r for at in sorted({p.parent for p in files if p.name == "manifest.json" or p.suffix == ".safetensors"} | ({folder} if sealed else set())) for r in _seal_rows(at, sealed if at == folder else None)]
-    if not any(r.state == "found" for r in rows): rows.append(SecurityRow("weights", str(folder), "fine", f"{sum(p.suffix == '.safetensors' for p in files)} files of safetensors among {len(files)}, and nothing that runs"))
+    if not any(r.state == "found" for r in rows): rows.append(SecurityRow("weights", str(folder), "fine", f"of {len(files)} files {sum(p.suffix == '.safetensors' for p in files)} with weights, all safetensors, and none that runs"))
     return sorted(rows, key=lambda r: -STATES.index(r.state))
 
-# %% ../nbs/11f_security.ipynb #11f056
+# %% ../nbs/11f_security.ipynb #11f057
 def _as_seen(text:str)->str: # for comparison
     return " ".join("".join(c for c in unicodedata.normalize("NFKC", text).casefold() if unicodedata.category(c) != "Cf").split())
 
@@ -411,7 +411,7 @@ class FilterChange(NamedTuple):
     remove:tuple[str, ...] = () # terms
     rules:tuple[GuardRule, ...]|None = None # in place of all rules; None: they stay
 
-# %% ../nbs/11f_security.ipynb #11f057
+# %% ../nbs/11f_security.ipynb #11f058
 def recorded_tests(
     folder:str|Path, # of a policy
 )->list[FilterTest]: # empty before the first change
@@ -431,7 +431,7 @@ def broken_tests(
     did = [guard.check(t.side, t.text).do for t in tests]
     return [f"test {i} ({item_id(t.text)}, {t.side}): {done}, and should be {t.do}" for i,(t,done) in enumerate(zip(tests, did)) if done != t.do]
 
-# %% ../nbs/11f_security.ipynb #11f058
+# %% ../nbs/11f_security.ipynb #11f059
 def update_filters(
     policy:str|Path, # folder with `policy.json`, `terms.json` and `tests.json`; replaced in one piece
     change:FilterChange, # what shall be different
@@ -452,7 +452,7 @@ def update_filters(
         if broken := broken_tests(guard, recorded_tests(new)): raise UserError(f"the change is refused, {len(broken)} of {len(kept)+len(tests)} tests fail: {'; '.join(broken[:3])}")
     return load_policy(folder, kit)
 
-# %% ../nbs/11f_security.ipynb #11f062
+# %% ../nbs/11f_security.ipynb #11f063
 def security_rows(
     home:str|Path, # a run, or a folder with a model
     *,
@@ -476,7 +476,7 @@ def security_status(
     "What a program should exit with: 1 when something was found."
     return int(any(r.state == "found" for r in rows))
 
-# %% ../nbs/11f_security.ipynb #11f063
+# %% ../nbs/11f_security.ipynb #11f064
 _COLOURS = dict(fine="#2a7", unknown="#b80", found="#c33")
 
 def security_report(

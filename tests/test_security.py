@@ -337,7 +337,7 @@ def test_a_run_is_looked_at_and_left_alone(sound, tmp_path):
 
 def test_the_record_is_of_several_draws():
     record = json.loads((ROOT/"nbs/security.json").read_text(encoding="utf-8"))
-    assert len(record["seeds"]) >= 3 and {r["name"] for r in record["secrets"]} == {"ours", "detect-secrets 1.5.0"} and all(n for *_, n in record["kinds"].values()) and {r["look"] for r in record["cost"]} >= {"weights", "secrets"}
+    assert len(record["seeds"]) >= 3 and {r["name"] for r in record["secrets"]} == {"ours", "detect-secrets 1.5.0"} and all(n for *_, n in record["kinds"].values()) and {r["look"] for r in record["cost"]} >= {"weights", "secrets"} and len(record["audits"]) >= 3 and all(r["same"] and r["holes"] for r in record["audits"])
 
 
 # the schedules
