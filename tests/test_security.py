@@ -330,7 +330,7 @@ def test_a_run_is_looked_at_and_left_alone(sound, tmp_path):
     (run/"known-secrets.json").write_text(json.dumps([re.search(r"put ([0-9a-f]{12})", rows[1].says)[1]]))
     shutil.copy(FILE, run/"advisories.json")
     rows = look()
-    assert security_status(rows) == 0 and {r.state for r in rows} == {"fine", "unknown"} and any("24 of 16" in r.says for r in rows)
+    assert security_status(rows) == 0 and {r.state for r in rows} == {"fine", "unknown"} and any("24 advisories of 16" in r.says for r in rows)
     assert security_status(security_rows(run, packages={"jinja2":"3.1.2", "pyyaml":"5.3"}, today=DAY)) == 1
     with pytest.raises(UserError, match="not a folder"): security_rows(run/"none", packages={}, today=DAY)
 
