@@ -15,3 +15,17 @@ app.kubernetes.io/instance: {{ .Release.Name }}
 app.kubernetes.io/version: {{ .Chart.AppVersion | quote }}
 app.kubernetes.io/managed-by: {{ .Release.Service }}
 {{- end }}
+{{- define "llm.jobBox" -}}
+env:
+  - {name: OMP_NUM_THREADS, value: {{ .Values.improve.threads | quote }}}
+  - {name: HF_HUB_OFFLINE, value: "1"}
+  - {name: HOME, value: /tmp}
+resources: {{- toYaml .Values.improve.resources | nindent 2 }}
+securityContext:
+  allowPrivilegeEscalation: false
+  readOnlyRootFilesystem: true
+  capabilities: {drop: [ALL]}
+volumeMounts:
+  - {name: tmp, mountPath: /tmp}
+  - {name: run, mountPath: {{ .Values.improve.run }}}
+{{- end }}
