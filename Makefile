@@ -7,7 +7,7 @@ PIP = DS_BUILD_OPS=0 $(BIN)/python -m pip install -q --disable-pip-version-check
 .PHONY: run test lab docs bench machine clean
 .DEFAULT_GOAL := run
 
-run: $(VENV)/.library ## train a model from scratch and write its scorecard, about ten minutes
+run: $(VENV)/.library ## all ten steps and a turn of the loop, with a scorecard: about a quarter of an hour
 	$(BIN)/llm-scratch run --preset cpu $(ARGS)
 
 test: $(VENV)/.development machine ## every chapter, every test, the site, two hosts

@@ -10,7 +10,8 @@ __all__ = ['PRESETS', 'BRIEFS', 'IMPORT', 'Watch', 'CLEANING', 'JUDGES', 'MOST_R
            'run_verdicts', 'save_report', 'stream_text', 'main', 'tune_clauses', 'no_room_to_talk', 'tune_chat',
            'prefer_chat', 'preset_plan', 'preset_rows', 'is_imported', 'import_hf', 'import_gguf', 'open_hub',
            'open_imported', 'export_hf', 'export_gguf', 'find_assistant', 'open_subject', 'judged_clauses',
-           'open_guard', 'attack_again', 'audit_parts', 'open_served', 'export_bundle', 'tuned_for', 'run_legs']
+           'open_guard', 'attack_again', 'audit_parts', 'open_served', 'beside_canary', 'open_feedback',
+           'export_bundle', 'tuned_for', 'run_legs']
 
 # %% ../nbs/12_pipeline.ipynb #0e203540
 import codecs
@@ -25,6 +26,7 @@ import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import closing, contextmanager
+from datetime import date
 from dataclasses import asdict, dataclass, fields, replace
 from functools import cache, partial
 from html import escape
@@ -60,6 +62,7 @@ from .duplicates import Decontaminate
 from .engines import ENGINES, Engine, end_rank, is_loss_of_contact, make_engine, speaks_first
 from .evaluation import NGram, bits_per_byte, counts_steps, looks_like_recipe, mean_of, ratio_of, share_of, train_ngram
 from .fairness import LIABILITY, Judged, audit_fairness, judge_clauses
+from .feedback import open_store
 from .footprint import METHODS, Tuning
 from .generation import Cache, sample, stream
 from .guard import Safeguard, audit_guard, guarded, load_policy, make_guard
@@ -79,12 +82,14 @@ from .objectives import LEGAL_BRIEF, RECIPES_BRIEF, Brief, Pace, Verdict, brief_
 from .perplexity import Predictions, predict
 from .planning import CHIPS, SHAPES, Chip, Layout, Machines, TrainingPlan, checkpoint_blocks, peak_memory, plan_report, plan_rows, room, step_time
 from .pretraining import Batches, Step, TrainState, load_checkpoint, make_adamw, make_optimizers, save_checkpoint, train, wsd
+from .promotion import CanaryEngine, CanaryFeedback
 from .privacy import RedactPII
 from .quantization import CONVERTERS
 from .rates import cosine, linear
 from .report import compare_runs, cost_figure, html_page, html_table, item_rows, language_rows, loss_figure, nats_of_docs, reliability_figure, report_row, speed_rows, svg_of, task_figure, task_rows, text_tasks, writing_rows
 from .scorecard import STEPS, folder_verdicts, save_scorecard
 from .safety import Section, Subject, assistant_subject, competence, endpoint_subject, model_subject
+from .security import installed_packages, security_report, security_rows, security_status
 from .server import Limits, Served, allowed_hosts, ask_server, log_requests, make_app, read_keys, run_server
 from .serving import BatchEngine, OnnxSlots, fast_slots
 from .sources import Stage, open_streams
@@ -1509,6 +1514,24 @@ def open_served(
     shield = load_policy(guard, FULL_KIT) if guard else None
     return Served(BatchEngine(model, n_slots=slots, max_waiting=waiting), tok, template, name or Path(folder).resolve().name, model.cfg.context_len, shield)
 
+def beside_canary(
+    served:Served, # answers now
+    candidate:Served, # may come after it
+    share:float=.1, # of clients who are answered by it
+)->Served: # in an engine of two
+    "A candidate for some clients, who lose nothing when it fails: chapter 11e."
+    if candidate.tokenizer.token_bytes != served.tokenizer.token_bytes: raise UserError(f"{candidate.name} has another tokenizer than {served.name}: a prompt would mean something else to it; give a candidate that was trained on from this model")
+    return replace(served, engine=CanaryEngine(served.engine, candidate.engine, share, names=(served.name, candidate.name)))
+
+def open_feedback(
+    path:Path|None, # `.sqlite` is a store of chapter 11a, anything else JSON lines; None: nobody is asked
+    engine:object=None, # that answers; a canary hears of the thumbs, too
+)->object: # what `make_app` takes
+    "Where thumbs go."
+    if path is None or path.suffix != ".sqlite": return path
+    store = open_store(path)
+    return CanaryFeedback(store, engine) if isinstance(engine, CanaryEngine) else store
+
 def _env(name:str)->str: return f"LLM_SCRATCH_{name}" # every option of `serve` can be given by the environment, as containers do
 
 @_verb("serve")
@@ -1523,7 +1546,8 @@ def _serve_verb(
     keys:Annotated[Path, typer.Option(metavar="FILE", envvar=_env("KEYS"), help="API keys, one in each line", show_default="everybody may ask")]=None, api_keys:Annotated[str, typer.Option(envvar=_env("API_KEYS"), help="API keys with commas between; give them by the environment, where other users do not see them", show_default=False)]="",
     guard:Annotated[Path, typer.Option(metavar="DIR", envvar=_env("GUARD"), help="with a policy.json, such as `audit` makes", show_default="none")]=None, origin:Annotated[list[str], typer.Option(metavar="URL", envvar=_env("ORIGIN"), help="web pages that may ask, such as https://example.org; may be given again", show_default="none")]=None,
     allow_host:Annotated[list[str], typer.Option(metavar="NAME", envvar=_env("ALLOW_HOST"), help="a name by which this server is asked, such as llm.example.org, beside localhost and its address; may be given again; * lets all names in", show_default="none; all, where others are let in and must have a key")]=None,
-    feedback:Annotated[Path, typer.Option(metavar="FILE", envvar=_env("FEEDBACK"), help="for thumbs up and down, JSON lines", show_default="nobody is asked")]=None, log_text:Annotated[bool, typer.Option("--log-text", envvar=_env("LOG_TEXT"), help="write questions and answers into the log")]=False,
+    feedback:Annotated[Path, typer.Option(metavar="FILE", envvar=_env("FEEDBACK"), help="for thumbs up and down: JSON lines, or with the ending .sqlite a store that also counts requests, times and tokens", show_default="nobody is asked")]=None,
+    canary:Annotated[Path, typer.Option(metavar="DIR", envvar=_env("CANARY"), help="a candidate for some clients, such as improve/models/v001 of the run: taken back by itself when it fails or is liked less", show_default="none")]=None, canary_share:Annotated[float, typer.Option(envvar=_env("CANARY_SHARE"), help="of the clients who get it", min=0, max=1)]=.1, log_text:Annotated[bool, typer.Option("--log-text", envvar=_env("LOG_TEXT"), help="write questions and answers into the log")]=False,
     grace:Annotated[float, typer.Option(envvar=_env("GRACE"), help="seconds that running answers have at the end", min=0)]=30.,
 )->None:
     "Serve a model as an OpenAI-compatible API and a page to chat on; SIGTERM finishes what is running, SIGHUP opens the model again. Every option has an environment variable."
@@ -1531,8 +1555,13 @@ def _serve_verb(
     torch.set_num_threads(threads)
     log_requests()
     reopen = partial(open_served, folder, tuned, name=name, slots=slots, waiting=waiting, guard=guard, kind=kind, threads=threads)
-    app = make_app(reopen(), Limits(max_tokens=max_tokens, seconds=seconds, body_bytes=body_bytes), keys=locks, origins=origin or (), feedback=feedback, log_text=log_text, reopen=reopen, hosts=allowed_hosts(host, allow_host or (), has_keys=bool(locks)))
-    run_server(app, host, port, grace, say=partial(print, flush=True))
+    served = reopen()
+    if canary: served = beside_canary(served, open_served(canary, tuned, slots=slots, waiting=waiting, threads=threads), canary_share)
+    thumbs = open_feedback(feedback, served.engine)
+    app = make_app(served, Limits(max_tokens=max_tokens, seconds=seconds, body_bytes=body_bytes), keys=locks, origins=origin or (), feedback=thumbs, log_text=log_text, reopen=reopen, hosts=allowed_hosts(host, allow_host or (), has_keys=bool(locks)))
+    try: run_server(app, host, port, grace, say=partial(print, flush=True))
+    finally:
+        if hasattr(thumbs, "close"): thumbs.close()
 
 # %% ../nbs/12_pipeline.ipynb #c10export
 def _model_home(folder:str|Path, tuned:str)->Path: # in the Hugging Face layout
@@ -1664,6 +1693,23 @@ def _improve_verb(run:_RunOption=None, preset:_PresetOption=None, turns:Annotate
     done = _improve_leg(r, turns, seed)
     print(f"scorecard: {save_scorecard(r.folder)}")
     if not done[-1].promoted: _fail(f"the candidate of turn {done[-1].number} was refused: {'; '.join(done[-1].reasons)}", 1)
+
+
+# %% ../nbs/12_pipeline.ipynb #w1secu01
+@_verb("security")
+def _security_verb(run:_RunOption=None, preset:_PresetOption=None, out:Annotated[Path, typer.Option(metavar="DIR", help="of the report", show_default="the run")]=None,
+    advisories:Annotated[Path, typer.Option(metavar="FILE", help="known holes in the form of OSV, such as all.zip of osv.dev", show_default="advisories.zip or advisories.json in the run")]=None)->None:
+    "Look at packages, secrets and weights of a run and write security.html; status 1 if something was found."
+    home = _home(run, preset)
+    if not home.is_dir(): raise UserError(f"there is no run in {home}: give a run, or a folder with a model")
+    rows = security_rows(home, packages=installed_packages(), today=date.today(), advisories=advisories)
+    folder = out or home
+    folder.mkdir(parents=True, exist_ok=True)
+    page = security_report(rows, folder/"security.html", today=date.today())
+    for row in rows:
+        if row.state != "fine": _console().print(f"{row.state:8} {row.check}, {row.item}: {row.says}", soft_wrap=True)
+    print(f"report: {page}")
+    if security_status(rows): _fail(f"{sum(r.state == 'found' for r in rows)} of {len(rows)} looks found something: see {page}", 1)
 
 
 # %% ../nbs/12_pipeline.ipynb #1c596d92
