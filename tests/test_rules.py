@@ -87,7 +87,7 @@ MAY_IMPORT = {
     "audit": {"core", "comparison", "data", "evaluation", "monitoring", "objectives", "report", "safety"},  # data: whose texts; monitoring: the log of a run; objectives: whose promises
     "serving": {"core", "architecture", "compiled", "generation"},
     "server": {"core", "assistant", "guard", "monitoring", "serving"},  # assistant: the chat template; monitoring: what a metric is
-    "kubernetes": {"core", "architecture", "data"},  # data: the pinned file that helm is in
+    "kubernetes": {"core", "architecture", "data", "serving"},  # data: the pinned file that helm is in; serving: which models are copied
     "inferentia": {"core", "architecture", "costs"},  # what is rented
     "deployment": {"core", "architecture", "families", "generation", "interchange", "tokenization"},
     "browser": {"core", "deployment", "tokenization"},  # what a page runs: a graph and a tokenizer
