@@ -489,7 +489,7 @@ def security_report(
     "Write one page: how many of each state, the bad ones first, and what has changed."
     counts,order = Counter(r.state for r in rows),sorted(rows, key=lambda r: -SECURITY_STATES.index(r.state))
     head = "".join(f'<b style="color:{_COLOURS[s]}">{counts[s]} {s}</b> &nbsp; ' for s in reversed(SECURITY_STATES))
-    parts = [f"<h1>Security</h1><p>{head}<small>{escape(str(today))}</small></p>", html_table(("state", "look", "at", "what"), [(r.state, r.check, r.item, r.says) for r in order])]
+    parts = [f"<h1>Security</h1><p>{head}<small>{escape(str(today))}</small></p>", html_table(("state", "what", "look", "at"), [(r.state, r.says, r.check, r.item) for r in order])] # a phone shows the first two
     if changes: parts += ["<h2>Parts that changed</h2>", html_table(PartChange._fields, changes)]
     with atomic_path(path) as new: new.write_text(html_page("Security", *parts), encoding="utf-8")
     return Path(path)
