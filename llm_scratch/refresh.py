@@ -215,7 +215,7 @@ def domain_bits(
     nats = {name:token_nats(model, [[tok.eot_id, *tok.encode(t)] for t in texts]) for name,texts in domains.items()}
     return {name:bits_per_byte([x.sum() for x in nats[name]], [len(t.encode("utf-8")) for t in texts]) for name,texts in domains.items()}
 
-# %% ../nbs/11d_refresh.ipynb #11d02f
+# %% ../nbs/11d_refresh.ipynb #11d031
 def file_hashes(
     path:str|Path, # a file or a folder
 )->dict[str, str]: # name within it to SHA-256, in order; `""` is the name of a file itself
@@ -229,7 +229,7 @@ def _one_hash(files:dict[str, str])->str: return files[""] if "" in files else _
 
 def _digest(value:object)->str: return hashlib.sha256(json.dumps(value, sort_keys=True, ensure_ascii=False).encode("utf-8")).hexdigest()
 
-# %% ../nbs/11d_refresh.ipynb #11d030
+# %% ../nbs/11d_refresh.ipynb #11d032
 @dataclass(frozen=True)
 class Node:
     "One version of one thing, and what it was made of."
@@ -247,7 +247,7 @@ def _sealed(node:Node, nodes:Mapping[str, Node])->str:
     own = {k:v for k,v in asdict(node).items() if k != "seal"} | dict(parents=[[p, nodes[p].seal] for p in node.parents])
     return _digest(own)
 
-# %% ../nbs/11d_refresh.ipynb #11d031
+# %% ../nbs/11d_refresh.ipynb #11d033
 class Lineage:
     "What was made of what, in a file of JSON: nodes that only grow in number."
     def __init__(self,
@@ -276,7 +276,7 @@ class Lineage:
         for node in reversed(self.nodes.values()): wanted |= {*node.parents} if node.name in wanted else set()
         return [node for node in self.nodes.values() if node.name in wanted]
 
-# %% ../nbs/11d_refresh.ipynb #11d032
+# %% ../nbs/11d_refresh.ipynb #11d034
 @patch
 def add_node(self:Lineage,
     name:str, # of this version, such as `model-001`
@@ -301,7 +301,7 @@ def add_node(self:Lineage,
     self.save()
     return node
 
-# %% ../nbs/11d_refresh.ipynb #11d033
+# %% ../nbs/11d_refresh.ipynb #11d035
 def _check_node(node:Node, lineage:Lineage)->None:
     "`UserError` unless the node is as it was sealed, and its files are."
     remedy = f"restore it from a backup, or make {node.name} again under another name"
@@ -326,7 +326,7 @@ def check_lineage(
     for node in nodes: _check_node(node, lineage)
     return nodes
 
-# %% ../nbs/11d_refresh.ipynb #11d034
+# %% ../nbs/11d_refresh.ipynb #11d036
 def lineage_figure(
     lineage:Lineage, # any
     tip:str="", # whose ancestors are drawn strong; empty is all
@@ -343,7 +343,7 @@ def lineage_figure(
     ax,kinds = fig.subplots(),list(dict.fromkeys(n.kind for n in lineage.nodes.values()))
     for node in lineage.nodes.values():
         (x,y),alpha = at[node.name],1. if node.name in strong else .35
-        for p in node.parents: ax.annotate("", (x-.38, y), (at[p][0]+.38, at[p][1]), arrowprops=dict(arrowstyle="->", color="0.5", alpha=alpha, lw=.8))
+        for p in node.parents: ax.annotate("", (x-.38, y), (at[p][0]+.38, at[p][1]), arrowprops=dict(arrowstyle="->", color="0.5", alpha=alpha, lw=.8, connectionstyle=f"arc3,rad={-.2 if x-at[p][0] > 1 else 0}"))
         ax.text(x, y, node.name, ha="center", va="center", fontsize=6, alpha=alpha, bbox=dict(boxstyle="round", fc=f"C{kinds.index(node.kind)%10}", ec="none", alpha=.3*alpha))
     ax.set(xlim=(-.6, max(rows, default=0)+.6), ylim=(-max(rows.values(), default=1)+.4, .6))
     ax.axis("off")
