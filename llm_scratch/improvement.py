@@ -690,7 +690,7 @@ TOY_PLAN = TurnPlan(n_asked=80, max_new_tokens=56, n_docs=200, n_steps=40, batch
 
 # %% ../nbs/11_improvement.ipynb #11x050
 BOOK_TOPICS = ("encyclopaedia", "shakespeare", "spanish") # what the book's users begin to ask for, one after the other
-BOOK_SHARES = (dict(recipes=.5, encyclopaedia=.38, shakespeare=.08, spanish=.04), dict(recipes=.4, encyclopaedia=.2, shakespeare=.32, spanish=.08), dict(recipes=.3, encyclopaedia=.2, shakespeare=.2, spanish=.3)) # of their wishes in three turns
+BOOK_SHARES = (dict(recipes=.55, encyclopaedia=.45), dict(recipes=.4, encyclopaedia=.2, shakespeare=.4), dict(recipes=.25, encyclopaedia=.15, shakespeare=.2, spanish=.4)) # of their wishes in three turns: each day brings a new one
 
 def book_users(
     home:str|Path, # a run that has read recipes
