@@ -11,7 +11,6 @@ import os
 import re
 import sqlite3
 import threading
-import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import astuple, dataclass, fields, replace
@@ -163,17 +162,10 @@ def _migrate(db:sqlite3.Connection)->int: # steps that were made
     return n
 
 # %% ../nbs/11a_feedback.ipynb #11a026
-def _prepare(db:sqlite3.Connection, path:Path, max_bytes:int, wait_s:float)->None:
+def _prepare(db:sqlite3.Connection, path:Path, max_bytes:int)->None:
     "Settings of the connection, and a file of this version."
     _check_kind(db, path)
-    end = time.monotonic()+wait_s
-    while True: # SQLite does not wait for this one by itself
-        try:
-            mode = db.execute("PRAGMA journal_mode = WAL").fetchone()[0]
-            break
-        except sqlite3.OperationalError as e:
-            if "locked" not in str(e) or time.monotonic() > end: raise
-            time.sleep(.01)
+    mode = db.execute("PRAGMA journal_mode = WAL").fetchone()[0]
     if mode != "wal": raise UserError(f"{path} lies on a file system that processes can't share: give a file on a local disk")
     for setting in ("synchronous = FULL", "secure_delete = ON", f"max_page_count = {max(1, max_bytes//_number(db, 'page_size'))}"): db.execute(f"PRAGMA {setting}").fetchall()
     if _migrate(db): db.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchall() # what a migration has deleted leaves the log, too
@@ -190,7 +182,7 @@ def open_store(
         path.parent.mkdir(parents=True, exist_ok=True)
         with suppress(FileExistsError): os.close(os.open(path, os.O_RDWR|os.O_CREAT|os.O_EXCL, 0o600)) # never opened by us when it is there: closing it would drop SQLite's locks
         db = sqlite3.connect(path, timeout=wait_s, isolation_level=None, check_same_thread=False)
-        try: _prepare(db, path, max_bytes, wait_s)
+        try: _prepare(db, path, max_bytes)
         except BaseException:
             db.close()
             raise

@@ -346,6 +346,28 @@ def test_two_processes_open_one_old_file_and_write_at_once(path):
         assert all(found[f"{name}a{i}"].rating == 1 for name in "pq" for i in range(40))
 
 
+def test_an_old_file_that_is_being_read_is_opened_when_that_ends(path):
+    made(path, FORMS[1], 1)
+    reader = sqlite3.connect(path, isolation_level=None, check_same_thread=False)
+    reader.execute("BEGIN")
+    reader.execute("SELECT * FROM interactions").fetchall()
+    threading.Timer(.2, lambda: reader.execute("COMMIT")).start()
+    with open_store(path) as s: assert s.interactions() == COMES_OUT[1]
+    reader.close()
+
+
+def test_a_migration_looks_again_when_it_may_write(path, monkeypatch):
+    "Another process is quicker: its work is found, and not done twice."
+    made(path, FORMS[1], 1)
+    begin = feedback._transaction
+    def late(db):
+        monkeypatch.setattr(feedback, "_transaction", begin)
+        with open_store(path) as other: other.add(one("theirs", guard="input:warn"))
+        return begin(db)
+    monkeypatch.setattr(feedback, "_transaction", late)
+    with open_store(path) as s: assert [(x.id, x.guard) for x in s.interactions()] == [("old", ""), ("odd", ""), ("theirs", "input:warn")]
+
+
 def test_threads_share_a_store(store):
     def work(k):
         for i in range(20): store.add(one(f"{k}-{i}")) and store.rate(f"{k}-{i}", -1) and store.interactions(model="none")
