@@ -35,7 +35,7 @@ from llm_scratch.tokenization import Shards, load_tokenizer, train_bpe  # noqa: 
 SHARES = 1., .75, .5, .25 # of the windows that are new
 LR = .3 # of the full rates
 _ARMS = dict(encyclopaedia=[*((f"warm {s:g}", dict(share=s)) for s in SHARES), ("rate 1", dict(share=.5, lr=1.))], licences=[(f"warm {s:g}", dict(share=s)) for s in (1., .5)],
-    more=[*((f"as it ended {s:g}", dict(share=s, how="as it ended")) for s in (1., .5, .75, .25)), ("rate .1", dict(share=.5, lr=.1)), ("at once", dict(share=.5, how="at once")), ("old means", dict(share=.5, means=True)), ("rate 1, new alone", dict(share=1., lr=1.))])
+    more=[*((f"as it ended {s:g}", dict(share=s, how="as it ended")) for s in (1., .5, .75, .25)), ("old alone", dict(share=0.)), ("rate .1", dict(share=.5, lr=.1)), ("at once", dict(share=.5, how="at once")), ("old means", dict(share=.5, means=True)), ("rate 1, new alone", dict(share=1., lr=1.))])
 ARMS = [("encyclopaedia" if text == "more" else text, name, arm) for text, arms in _ARMS.items() for name, arm in arms] # text, name, what is special
 
 class World:

@@ -109,7 +109,7 @@ class ReplayBatches:
     "Windows of new text among windows of old text: `batches[step]` depends on nothing but `step` and the fields, as with `Batches`."
     old:np.ndarray # `(n,)` ids that the model has read, or `Shards`
     new:np.ndarray # ids that it has not, or `Shards`
-    share_new:float # of the windows, 0 to 1
+    share_new:float # of the windows, 0 to 1; .75 learned most for what it forgot in the record of this chapter, .5 forgets less
     context_len:int # `T`, ids per window
     batch_size:int # `B`, windows per batch, in each process
     seed:int=0 # of the orders and offsets
@@ -165,10 +165,8 @@ def recall_means(
     check_seal(path, "checkpoint", ("state.json", "state.safetensors"), remedy)
     if [sorted(g.keys() - {"params"}) for g in _groups(state)] != [sorted(g) for g in read_json(path/"state.json", remedy)["groups"]]: raise UserError(f"{path} is of other optimizers: {remedy}")
     weights = {name:x.clone() for name,x in state.model.state_dict().items()}
-    rates = [{k:v for k,v in g.items() if k != "params"} for g in _groups(state)]
     state.engine.load_full_state(state.model, state.optimizers, load_file(path/"state.safetensors"))
     state.model.load_state_dict(weights)
-    for g,mine in zip(_groups(state), rates): g.update(mine)
     return state
 
 # %% ../nbs/11d_refresh.ipynb #11d01e
@@ -185,7 +183,7 @@ def continue_training(
     save_every:int=20, # updates between two checkpoints
     watch:Callable[[Iterator[Step]], Iterable[Step]]=iter, # sees every update
 )->Decoder: # another one, in eval mode
-    "Go on training with a rate that is warmed up again and comes down again (Ibrahim et al. 2024)."
+    "Go on training with a rate that is warmed up again and comes down again (Ibrahim et al. 2024); for a minute on two cores: `lr=.3`, `share_new` .5 to .75, and as many updates as fit; `lr=1` learns more and forgets about three times as much."
     new = deepcopy(model).train()
     state = TrainState(new, make_optimizers(new, lr))
     if means is not None: recall_means(state, means)
@@ -217,7 +215,7 @@ def domain_bits(
     nats = {name:token_nats(model, [[tok.eot_id, *tok.encode(t)] for t in texts]) for name,texts in domains.items()}
     return {name:bits_per_byte([x.sum() for x in nats[name]], [len(t.encode("utf-8")) for t in texts]) for name,texts in domains.items()}
 
-# %% ../nbs/11d_refresh.ipynb #11d02c
+# %% ../nbs/11d_refresh.ipynb #11d031
 def file_hashes(
     path:str|Path, # a file or a folder
 )->dict[str, str]: # name within it to SHA-256, in order; `""` is the name of a file itself
@@ -231,7 +229,7 @@ def _one_hash(files:dict[str, str])->str: return files[""] if "" in files else _
 
 def _digest(value:object)->str: return hashlib.sha256(json.dumps(value, sort_keys=True, ensure_ascii=False).encode("utf-8")).hexdigest()
 
-# %% ../nbs/11d_refresh.ipynb #11d02d
+# %% ../nbs/11d_refresh.ipynb #11d032
 @dataclass(frozen=True)
 class Node:
     "One version of one thing, and what it was made of."
@@ -249,7 +247,7 @@ def _sealed(node:Node, nodes:Mapping[str, Node])->str:
     own = {k:v for k,v in asdict(node).items() if k != "seal"} | dict(parents=[[p, nodes[p].seal] for p in node.parents])
     return _digest(own)
 
-# %% ../nbs/11d_refresh.ipynb #11d02e
+# %% ../nbs/11d_refresh.ipynb #11d033
 class Lineage:
     "What was made of what, in a file of JSON: nodes that only grow in number."
     def __init__(self,
@@ -278,7 +276,7 @@ class Lineage:
         for node in reversed(self.nodes.values()): wanted |= {*node.parents} if node.name in wanted else set()
         return [node for node in self.nodes.values() if node.name in wanted]
 
-# %% ../nbs/11d_refresh.ipynb #11d02f
+# %% ../nbs/11d_refresh.ipynb #11d034
 @patch
 def add_node(self:Lineage,
     name:str, # of this version, such as `model-001`
@@ -303,7 +301,7 @@ def add_node(self:Lineage,
     self.save()
     return node
 
-# %% ../nbs/11d_refresh.ipynb #11d030
+# %% ../nbs/11d_refresh.ipynb #11d035
 def _check_node(node:Node, lineage:Lineage)->None:
     "`UserError` unless the node is as it was sealed, and its files are."
     remedy = f"restore it from a backup, or make {node.name} again under another name"
@@ -328,7 +326,7 @@ def check_lineage(
     for node in nodes: _check_node(node, lineage)
     return nodes
 
-# %% ../nbs/11d_refresh.ipynb #11d031
+# %% ../nbs/11d_refresh.ipynb #11d036
 def lineage_figure(
     lineage:Lineage, # any
     tip:str="", # whose ancestors are drawn strong; empty is all

@@ -49,7 +49,7 @@ def test_every_document_is_in_one_line_of_the_ledger(old, seed):
     r = refresh_documents(docs_of(came), old, keep_out={"exam": [quote]})
     assert list(r.ledger)[0] == "came" and list(r.ledger)[-1] == "kept"
     assert r.ledger["came"] == len(came) == sum(n for line, n in r.ledger.items() if line != "came")
-    assert sorted(r.kept["text"]) == sorted(fresh)
+    assert sorted(r.kept["text"]) == sorted(fresh) and r.report.total("write", "out").n_docs == len(fresh)
     assert r.ledger["Decontaminate: quotes exam"] == 1 and r.ledger["duplicates: equal to an earlier new one"] == 1
     assert r.ledger["duplicates: equal to an old document"] + r.ledger["duplicates: nearly equal to an old document"] == 5
     assert refresh_documents(docs_of(fresh), r.kept).kept.num_rows == 0  # what was kept is old from now on
@@ -278,6 +278,14 @@ def test_moved_as_a_whole_it_still_holds(home):
 def test_no_line_of_the_graph_can_be_changed_unseen(home, change):
     edited(home/"lineage.json", change)
     with pytest.raises(UserError, match="was changed"): check_lineage(home/"lineage.json")
+
+
+def test_who_seals_a_lie_anew_is_betrayed_by_the_children(home):
+    from llm_scratch.refresh import Node, _sealed
+    graph = Lineage(home/"lineage.json")
+    lie = Node(**{**vars(graph.nodes["docs"]), "how": "made up"})
+    edited(home/"lineage.json", lambda n: n[1].update(how="made up", seal=_sealed(lie, graph.nodes)))
+    with pytest.raises(UserError, match="what it says of model was changed"): check_lineage(home/"lineage.json")
 
 
 @pytest.mark.parametrize("change, said", [(lambda n: n.pop(0), "made of raw, which is not before it"), (lambda n: n.reverse(), "not before it"), (lambda n: n[0].pop("sha256"), "a node that is none")])
