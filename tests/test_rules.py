@@ -93,6 +93,7 @@ MAY_IMPORT = {
     "deployment": {"core", "architecture", "families", "generation", "interchange", "tokenization"},
     "browser": {"core", "deployment", "tokenization"},  # what a page runs: a graph and a tokenizer
     "containers": {"core"},
+    "security": {"core", "guard", "report", "safety"},  # guard: its policies are changed with tests; safety: how a text is named without saying it
     "load": {"core", "comparison", "evaluation", "report"},  # within functions, which bring torch: a load generator starts at once
     "feedback": {"core", "evaluation", "privacy"},  # what users say is kept without personal data
     "speed": {"core", "architecture", "compiled", "evaluation", "generation"},  # evaluation: Student's interval
