@@ -1,6 +1,6 @@
 """Three turns of the loop of chapter 11 on the book's own model, for several seeds; and, from the same start, a candidate that is spoilt, once before the gate and once before the canary.
 
-    python benchmarks/improvement.py --run runs/cpu                a quarter of an hour of one core; goes on where it was broken off
+    python benchmarks/improvement.py --run runs/cpu                about half an hour of one quiet core; goes on where it was broken off
     python benchmarks/improvement.py --tiny --out FILE             the same on letters and the weather, for a test
 
 Chapter 11 reads the record nbs/improvement.json. The folder of --work keeps all turns, each with its page turn.html.
@@ -45,7 +45,7 @@ def row_of(home:Path, number:int)->dict:
     turn, part = read_turn(home, number), lambda name: read_json(home/"improve"/"turns"/f"{number:03d}"/f"{name}.json")
     collect, new, canary = part("collect"), part("refresh"), part("canary")
     return dict(promoted=turn.promoted, version=turn.version, reasons=turn.reasons, before=turn.before, after=turn.after, candidate=turn.candidate, n=collect["n"], good=collect["good"], bad=collect["bad"],
-                patterns=[dict(name=p["name"], impact=p["impact"]) for p in part("patterns")["patterns"]], n_docs=new["n_docs"], sources=new.get("sources", {}), n_tokens=new.get("n_tokens", 0),
+                drift=[r["name"] for r in part("drift")["rows"] if r["alarm"]], patterns=[dict(name=p["name"], impact=p["impact"]) for p in part("patterns")["patterns"]], n_docs=new["n_docs"], sources=new.get("sources", {}), n_tokens=new.get("n_tokens", 0),
                 gate=part("gate")["promote"], canary=dict(state=canary["state"], why=canary["why"]), times=part("times"))
 
 SPOILT = dict(teach=spoilt), dict(teach=spoilt, rules=[GateRule("seconds per answer", margin=2., relative=True)]) # before the gate; before a gate that looks at speed alone, so that the canary has to find out

@@ -635,7 +635,7 @@ def score_figure(
         mean,low,high = (np.array([s[topic][what] for s in states]) for what in ("mean", "low", "high"))
         ax.errorbar(at, mean, [mean-low, high-mean], color="k" if topic == "all" else f"C{k-1}", lw=2.5 if topic == "all" else 1, capsize=2, marker="o", ms=3, label=topic)
     ax.set(xticks=range(len(states)), xticklabels=["before", *(f"turn {t.number}" + ("" if t.promoted else "\n(refused)") for t in turns)], ylim=(-.02, 1.02), ylabel="share satisfied")
-    ax.legend(fontsize=7, ncols=2)
+    fig.legend(fontsize=7, ncols=5, loc="outside lower center")
     return fig
 
 # %% ../nbs/11_improvement.ipynb #11x03b
@@ -688,9 +688,9 @@ def toy_home(
 
 TOY_PLAN = TurnPlan(n_asked=80, max_new_tokens=56, n_docs=200, n_steps=40, batch_size=8) # of a turn that takes seconds
 
-# %% ../nbs/11_improvement.ipynb #11x048
+# %% ../nbs/11_improvement.ipynb #11x050
 BOOK_TOPICS = ("encyclopaedia", "shakespeare", "spanish") # what the book's users begin to ask for, one after the other
-BOOK_SHARES = (dict(recipes=.5, encyclopaedia=.38, shakespeare=.08, spanish=.04), dict(recipes=.4, encyclopaedia=.2, shakespeare=.32, spanish=.08), dict(recipes=.3, encyclopaedia=.2, shakespeare=.2, spanish=.3)) # of their wishes in three turns
+BOOK_SHARES = (dict(recipes=.55, encyclopaedia=.45), dict(recipes=.4, encyclopaedia=.2, shakespeare=.4), dict(recipes=.25, encyclopaedia=.15, shakespeare=.2, spanish=.4)) # of their wishes in three turns: each day brings a new one
 
 def book_users(
     home:str|Path, # a run that has read recipes
@@ -707,7 +707,7 @@ def book_users(
         topics[name],library = docs[:n_wishes],library+docs[n_wishes:n_wishes+n_library]
     return users_of(topics, BOOK_SHARES, seed=seed),library
 
-# %% ../nbs/11_improvement.ipynb #11x049
+# %% ../nbs/11_improvement.ipynb #11x051
 def run_users(
     home:str|Path, # a run with a model
     seed:int=0, # of who has what in mind
@@ -721,7 +721,7 @@ def run_users(
     users = users_of(known, [dict(recipes=.4, letters=.5, weather=.1), dict(recipes=.3, letters=.3, weather=.4)], n_held=12, seed=seed)
     return users,[d for docs in toys.values() for d in docs[60:]],TurnPlan(n_asked=60, max_new_tokens=24, n_docs=100, n_steps=40, n_canary=20)
 
-# %% ../nbs/11_improvement.ipynb #11x04a
+# %% ../nbs/11_improvement.ipynb #11x052
 def improve_run(
     home:str|Path, # a run with a model
     n_turns:int=1, # to be done

@@ -128,7 +128,9 @@ def test_what_works_is_defended():
 def start(tmp_path_factory):
     "A run in small, with its users; copy it before a turn."
     folder = tmp_path_factory.mktemp("runs [of mine]")/"toy"
-    return folder, *toy_home(folder, n_steps=80)
+    users, library = toy_home(folder, n_steps=80)
+    leaks = [Document(f"{w.prompt}{w.wanted}THANKS\n", "weather", f"leak/{i}", {}) for i, w in enumerate(users.held_out) if w.topic == "weather"]
+    return folder, users, leaks+library
 
 
 @pytest.fixture(scope="module")
@@ -153,9 +155,7 @@ def test_a_turn_helps(done, start):
     assert part("refresh")["ledger"]["kept"] == part("refresh")["n_docs"] and not (turn.folder/"checkpoints").exists()
     page = (turn.folder/"turn.html").read_text(encoding="utf-8")
     assert "Turn 0: promoted" in page and page.count("<svg") == 2 and "http" not in page.replace("http://www.w3.org", "")
-    held = [w.prompt+w.wanted for w in (*start[1].held_out, *start[1].wishes)]
-    from datasets import Dataset
-    assert not set(Dataset.from_parquet(str(turn.folder/"new.parquet"))["text"]) & set(held)
+    assert part("refresh")["ledger"]["Decontaminate: quotes wishes"] > 5 and not [i for i in part("refresh")["ids"] if i.startswith("leak")]  # the library quotes the test
 
 
 def test_where_a_model_is_from_can_be_checked(done, tmp_path):
