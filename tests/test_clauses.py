@@ -375,8 +375,8 @@ def test_the_record_is_whole():
     record = read_json(ROOT/"nbs"/"clauses.json")
     assert {len(v["accuracy"]) for v in record["leaks"].values()} == {5}
     for task in record["tasks"].values():
-        decoder = task["said"].pop("decoder") # takes long: the folds may be missing
-        assert len(decoder["test"]) == task["n_test"] and len(decoder.get("folds", "-"*task["n_dev"])) == task["n_dev"] and "?" not in decoder["test"]
+        decoder = task["said"].pop("decoder") # takes long: folds of 14 classes only
+        assert len(decoder["test"]) == task["n_test"] and "?" not in decoder["test"] and (task["n_dev"] != 1908 or len(decoder["folds"]) == task["n_dev"] and "?" not in decoder["folds"])
         assert {(len(s["folds"]), len(s["test"])) for s in task["said"].values()} == {(task["n_dev"], task["n_test"])}
         assert set(task["said"]) == {"majority", "keywords", "svm", "svm_chars", "logistic", "names", "encoder"} and set(task["curve"]) == {"svm", "encoder"}
         assert {len(r["accuracy"]) for rows in task["curve"].values() for r in rows} == {5}
