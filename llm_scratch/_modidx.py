@@ -2061,6 +2061,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                          'llm_scratch.improvement._collect': ('improvement.html#_collect', 'llm_scratch/improvement.py'),
                                          'llm_scratch.improvement._digest': ('improvement.html#_digest', 'llm_scratch/improvement.py'),
                                          'llm_scratch.improvement._drift': ('improvement.html#_drift', 'llm_scratch/improvement.py'),
+                                         'llm_scratch.improvement._everything': ( 'improvement.html#_everything',
+                                                                                  'llm_scratch/improvement.py'),
                                          'llm_scratch.improvement._figures': ('improvement.html#_figures', 'llm_scratch/improvement.py'),
                                          'llm_scratch.improvement._gate': ('improvement.html#_gate', 'llm_scratch/improvement.py'),
                                          'llm_scratch.improvement._learned': ('improvement.html#_learned', 'llm_scratch/improvement.py'),

@@ -376,8 +376,16 @@ def _collect(work:Work)->dict:
 def _patterns(work:Work)->dict:
     "2. What fails together, the worst first, by what the model itself sees in a prompt."
     said = work.asked()
-    found = failure_patterns(said, embed=embed_by(*_opened(work.before)), n_patterns=work.plan.n_groups, seed=work.seed)
-    return dict(patterns=[dict(name=p.name, terms=list(p.terms), members=[said[i].id for i in p.members], p=p.p, **{k:[r.mean, *r.interval] for k in ("frequency", "badness", "impact") if (r := getattr(p, k))}) for p in found])
+    found = failure_patterns(said, embed=embed_by(*_opened(work.before)), n_patterns=max(1, min(work.plan.n_groups, sum(bool(i.prompt) for i in said))), seed=work.seed)
+    rows = [dict(name=p.name, terms=list(p.terms), members=[said[i].id for i in p.members], p=p.p, **{k:[r.mean, *r.interval] for k in ("frequency", "badness", "impact") if (r := getattr(p, k))}) for p in found]
+    return dict(patterns=rows or _everything(said))
+
+def _everything(said:Sequence[Interaction])->list[dict]: # one pattern or none
+    "Where no kind of wish fails more than the others, all of them may fail."
+    judged = [i.rating < 0 for i in said if i.rating]
+    if not judged or sum(judged) <= .5*len(judged): return []
+    bad = share_of(sum(judged), len(judged))
+    return [dict(name="everything", terms=[], members=[i.id for i in said if i.prompt], p=1., frequency=[1., 1., 1.], **{k:[bad.mean, *bad.interval] for k in ("badness", "impact")})]
 
 # %% ../nbs/11_improvement.ipynb #11x025
 def _drift(work:Work)->dict:
@@ -408,7 +416,7 @@ def look_up(
 def _refresh(work:Work)->dict:
     "4. New documents for what fails most, through the chapters on data and tokens."
     patterns = work.read("patterns")["patterns"]
-    if not patterns: return dict(n_docs=0, why="nothing fails often enough to be a pattern")
+    if not patterns: return dict(n_docs=0, why="no kind of wish fails more than the others")
     said = {i.id:i for i in work.asked()}
     wanted = [f"{said[m].prompt} {said[m].correction}" for m in patterns[0]["members"] if m in said]
     read = {id for folder in _learned(work.home, work.number)[1:] for id in read_json(folder.parent/"refresh.json")["ids"]}
@@ -688,7 +696,7 @@ def toy_home(
 
 TOY_PLAN = TurnPlan(n_asked=80, max_new_tokens=56, n_docs=200, n_steps=40, batch_size=8) # of a turn that takes seconds
 
-# %% ../nbs/11_improvement.ipynb #11x050
+# %% ../nbs/11_improvement.ipynb #11x052
 BOOK_TOPICS = ("encyclopaedia", "shakespeare", "spanish") # what the book's users begin to ask for, one after the other
 BOOK_SHARES = (dict(recipes=.55, encyclopaedia=.45), dict(recipes=.4, encyclopaedia=.2, shakespeare=.4), dict(recipes=.25, encyclopaedia=.15, shakespeare=.2, spanish=.4)) # of their wishes in three turns: each day brings a new one
 
@@ -707,7 +715,7 @@ def book_users(
         topics[name],library = docs[:n_wishes],library+docs[n_wishes:n_wishes+n_library]
     return users_of(topics, BOOK_SHARES, seed=seed),library
 
-# %% ../nbs/11_improvement.ipynb #11x051
+# %% ../nbs/11_improvement.ipynb #11x053
 def run_users(
     home:str|Path, # a run with a model
     seed:int=0, # of who has what in mind
@@ -721,7 +729,7 @@ def run_users(
     users = users_of(known, [dict(recipes=.4, letters=.5, weather=.1), dict(recipes=.3, letters=.3, weather=.4)], n_held=12, seed=seed)
     return users,[d for docs in toys.values() for d in docs[60:]],TurnPlan(n_asked=60, max_new_tokens=24, n_docs=100, n_steps=40, n_canary=20)
 
-# %% ../nbs/11_improvement.ipynb #11x052
+# %% ../nbs/11_improvement.ipynb #11x054
 def improve_run(
     home:str|Path, # a run with a model
     n_turns:int=1, # to be done

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from llm_scratch import improvement
 from llm_scratch.core import UserError, read_json, sha256_file, write_json
 from llm_scratch.data import Document
-from llm_scratch.feedback import open_store
+from llm_scratch.feedback import Interaction, open_store
 from llm_scratch.improvement import (FAULTS, TOY_PLAN, TURN_PARTS, JoinedRows, SimulatedUsers, TurnPlan, Wish, current_version, faults_of, gate_rules, improve, line_shapes, look_up, next_turn, read_turn, run_users,
                                      satisfied, simulate, toy_home, toy_topics, user_score, users_of, wish_of, write_answers)
 from llm_scratch.promotion import GateRule
@@ -120,6 +120,12 @@ def test_what_works_is_defended():
     scores = dict(all=dict(mean=.9), a=dict(mean=.8), b=dict(mean=.2))
     assert of(gate_rules(scores, TurnPlan())) == ["users satisfied", "bits per byte, a", "seconds per answer"]
     assert of(gate_rules(scores, TurnPlan(kept=.1))) == ["users satisfied", "bits per byte, a", "bits per byte, b", "seconds per answer"]
+
+
+def test_where_all_fails_all_is_the_pattern():
+    said = [Interaction(f"{i}", i, "v", f"prompt {i}" if i % 2 else "", "", rating=r, consent=True) for i, r in enumerate([-1, -1, 0, 1, -1, -1])]
+    (found,) = improvement._everything(said)
+    assert found["members"] == ["1", "3", "5"] and found["badness"][0] == .8 and improvement._everything(said[2:5]) == improvement._everything([]) == []
 
 
 # --- turns ------------------------------------------------------------------------------------------------------------
@@ -255,7 +261,7 @@ def test_the_next_turn_builds_on_the_last(done, start, tmp_path):
     if taught:
         assert taught[0][0] == "v001" and taught[0][2] == ["tokens", "000"]
         assert not set(read_json(turn.folder/"refresh.json")["ids"]) & set(read_json(done[1].folder/"refresh.json")["ids"])
-    else: assert turn.reasons[0].startswith("nothing fails often enough")
+    else: assert turn.reasons[0].startswith("no kind of wish fails more")
 
 
 def test_a_run_brings_its_users(start, tmp_path):
