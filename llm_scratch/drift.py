@@ -36,7 +36,7 @@ def place_among(
 # %% ../nbs/11c_drift.ipynb #11c005
 _LEAST = 1e-9 # no place is nearer to an end
 BETS:dict[str, Callable[[float], float]] = { # a place to what one coin becomes; on average over places that is one coin
-    "nothing":lambda u: 1., "higher":lambda u: 2*u, "lower":lambda u: 2*(1-u),
+    "nothing":lambda u: 1., "a little higher":lambda u: .5+u, "a little lower":lambda u: 1.5-u, "higher":lambda u: 2*u, "lower":lambda u: 2*(1-u),
     "far higher":lambda u: .3*max(_LEAST, 1-u)**-.7, "far lower":lambda u: .3*max(_LEAST, u)**-.7}
 
 # %% ../nbs/11c_drift.ipynb #11c006
@@ -267,6 +267,14 @@ def _most_moved(reference:Reference, before:Sequence[float], now:Sequence[float]
     k = int(np.abs(p-q).argmax())
     return f"share of topic {k}: {reference.topics[k]}",float(p[k]),float(q[k])
 
+def _told(reference:Reference, name:str, unit:str, before:Sequence[float], now:Sequence[float])->dict: # `before, now, unit`
+    "What changed, as a person would say it; without a past, the first half is told beside the second."
+    if name == "topics": return dict(zip(("unit", "before", "now"), _most_moved(reference, before, now)))
+    half = 0 if before else len(now)//2
+    mean = lambda x: round(float(np.mean(x)), 4) if len(x) else None
+    return dict(unit=unit or name, before=mean(before or now[:half]), now=mean(now[half:]))
+
+# %% ../nbs/11c_drift.ipynb #11c012
 def drift_report(
     reference:Reference, # what was usual, of `fit_reference`
     interactions:Sequence[Interaction], # of the time that is asked about
@@ -276,20 +284,23 @@ def drift_report(
     seed:int=0, # of shuffles and draws
 )->list[dict]: # a row for each sign: `name, alarm, p` (corrected), `before, now` (means, in `unit`), `n_before, n`, `since` (UTC, when a watch would have rung)
     "Has something changed, and since when?"
-    if short := next((f"{name} has {len(v)}" for name,v in (values or {}).items() if len(v) != len(interactions)), ""): raise UserError(f"{len(interactions)} interactions, and {short} values: give one for each, NaN where there is none")
-    seen = sorted(range(len(interactions)), key=lambda k: interactions[k].time)
-    signs = _signs(reference, [interactions[k] for k in seen], {name:[v[k] for k in seen] for name,v in (values or {}).items()})
-    names = {name:"" for name in reference.values} | TEXT_SIGNS | dict.fromkeys(values or {}, "") | SERVED_SIGNS
-    watch = DriftWatch({name:reference.values.get(name, ()) for name in names}, alpha=alpha, seed=seed)
+    values = dict(values or {})
+    if clash := sorted(set(values) & (set(TEXT_SIGNS) | set(SERVED_SIGNS))): raise UserError(f"the values of {clash[0]!r} come from the interactions: give other names than {', '.join((*TEXT_SIGNS, *SERVED_SIGNS))}")
+    if short := next((f"{name} has {len(v)}" for name,v in values.items() if len(v) != len(interactions)), ""): raise UserError(f"{len(interactions)} interactions, and {short} values: give one for each, NaN where there is none")
+    order = sorted(range(len(interactions)), key=lambda k: interactions[k].time)
+    signs = _signs(reference, [interactions[k] for k in order], {name:[v[k] for k in order] for name,v in values.items()})
+    units = dict.fromkeys((*reference.values, *values), "") | TEXT_SIGNS | SERVED_SIGNS
+    watch = DriftWatch({name:reference.values.get(name, ()) for name in units}, alpha=alpha, seed=seed)
     for row in signs: watch.see(row)
     rows,ps = [],[]
-    for name,unit in names.items():
+    for name,unit in units.items():
         before,now = reference.values.get(name, ()),[row[name] for row in signs if name in row]
+        if not now: p = 1.
+        elif before: p = shuffled_p(before, now, unevenness if name == "topics" else ks_distance, seed=seed)
+        else: p = watch._gamblers[name].p # nothing to compare with: did it stay as it began?
         at = watch.alarm_at.get(name)
-        half = len(now)//2 if not before else 0 # without a past, the first half is told beside the second
-        told = _most_moved(reference, before, now) if name == "topics" else (unit or name,*(round(float(np.mean(x)), 4) if len(x) else None for x in ((before or now[:half]), now[half:])))
-        ps.append((shuffled_p(before, now, unevenness if name == "topics" else ks_distance, seed=seed) if before else watch._gamblers[name].p) if now else 1.)
-        rows.append(dict(name=name, alarm=False, p=1., before=told[1], now=told[2], unit=told[0], n_before=len(before), n=len(now),
-            since=datetime.fromtimestamp(interactions[seen[at-1]].time, timezone.utc).strftime("%Y-%m-%d %H:%M") if at else ""))
+        since = datetime.fromtimestamp(interactions[order[at-1]].time, timezone.utc).strftime("%Y-%m-%d %H:%M") if at else ""
+        ps.append(p)
+        rows.append(dict(name=name, alarm=False, p=1.) | _told(reference, name, unit, before, now) | dict(n_before=len(before), n=len(now), since=since))
     for row,p in zip(rows, holm(ps)): row |= dict(p=p, alarm=p <= alpha)
     return rows
