@@ -221,6 +221,7 @@ def test_a_shuffled_p_is_exact_with_ties_and_a_report_corrects_for_its_rows(usua
     rng = np.random.default_rng(0)
     low = sum(shuffled_p(rng.integers(0, 3, 20), rng.integers(0, 3, 15), ks_distance, repeats=99, seed=s) <= .1 for s in range(200))
     assert exact_interval(low, 200)[0] <= .1
+    assert shuffled_p(range(20), range(90, 110), ks_distance, repeats=9) == .1  # never 0: what was seen is one of the shuffles
     rows = drift_report(usual, said := asked(sentences(KITCHEN, 60, 1)+sentences(COURT, 6, 2)))
     now = drift_scores(usual, [i.prompt for i in said])
     raw = [shuffled_p(usual.values[s], now[s], unevenness if s == "topics" else ks_distance) for s in TEXT_SIGNS]
