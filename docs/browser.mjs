@@ -17,7 +17,7 @@ const types = { '.html': 'text/html; charset=utf-8', '.css': 'text/css', '.js': 
 const server = createServer((request, response) => {
   const file = join(site, normalize(decodeURIComponent(new URL(request.url, 'http://x').pathname)));
   if (!existsSync(file) || !statSync(file).isFile()) return response.writeHead(404).end();
-  response.writeHead(200, { 'content-type': types[extname(file)] ?? 'application/octet-stream' });
+  response.writeHead(200, { 'content-type': types[extname(file)] ?? 'application/octet-stream', 'cache-control': 'max-age=3600' });
   createReadStream(file).pipe(response);
 });
 await new Promise(done => server.listen(0, '127.0.0.1', done));
@@ -38,10 +38,19 @@ const faint = () => { // texts with too little contrast against what lies behind
     const [r, g, b] = numbers(c).map(v => (v /= 255) <= .04045 ? v / 12.92 : ((v + .055) / 1.055) ** 2.4);
     return .2126 * r + .7152 * g + .0722 * b;
   };
-  const ground = e => { for (; e; e = e.parentElement) { const c = getComputedStyle(e).backgroundColor; if ((numbers(c)[3] ?? 1) > .5) return c; } return 'rgb(255,255,255)'; };
+  const grounds = new Map([[null, 'rgb(255,255,255)']]), ratios = new Map(); // what has been asked of a parent, or of two colours, is not asked for each of its thousands of words
+  const ground = e => {
+    if (!grounds.has(e)) { const c = getComputedStyle(e).backgroundColor; grounds.set(e, (numbers(c)[3] ?? 1) > .5 ? c : ground(e.parentElement)); }
+    return grounds.get(e);
+  };
+  const contrast = (front, back) => {
+    const key = front + back;
+    if (!ratios.has(key)) { const [a, b] = [light(front), light(back)].sort((x, y) => y - x); ratios.set(key, (a + .05) / (b + .05)); }
+    return ratios.get(key);
+  };
   const texts = document.querySelectorAll(['p', 'h1', 'h2', 'td', 'summary', 'pre span', 'dt'].map(tag => `article ${tag}`).join() + ', .widget-label, .widget-readout, .widget-html-content, .sidebar-tree a');
-  return [...texts].filter(e => e.offsetParent && [...e.childNodes].some(n => n.nodeType === 3 && n.textContent.trim())).flatMap(e => {
-    const [a, b] = [light(getComputedStyle(e).color), light(ground(e))].sort((x, y) => y - x), ratio = (a + .05) / (b + .05);
+  return [...texts].filter(e => [...e.childNodes].some(n => n.nodeType === 3 && n.textContent.trim()) && e.offsetParent).flatMap(e => {
+    const ratio = contrast(getComputedStyle(e).color, ground(e));
     return ratio < 3 ? [`contrast ${ratio.toFixed(1)}: ${e.textContent.trim().slice(0, 40)}`] : [];
   }).slice(0, 3);
 };
@@ -53,26 +62,30 @@ const theme = () => document.body.dataset.theme + ' ' + getComputedStyle(documen
 
 const browser = await chromium.launch({
   executablePath: process.env.CHROMIUM || '/usr/bin/chromium',
-  args: ['--no-sandbox', '--disable-gpu', '--disable-quic', '--no-first-run', '--disable-background-networking', '--disable-component-update', '--disable-sync'],
+  args: ['--host-resolver-rules=MAP * ~NOTFOUND, EXCLUDE 127.0.0.1', '--no-sandbox', '--disable-gpu', '--disable-quic', '--no-first-run', '--disable-background-networking', '--disable-component-update', '--disable-sync'],
 });
 const report = { pages: 0, formulas: 0, widgets: 0, followers: [], results: null, problems: [] };
 const problem = (where, what) => report.problems.push(`${where}: ${what}`);
 
-async function open(file, context) {
-  const page = await context.newPage();
-  const complain = what => problem(file, what);
-  await page.route('**/*', route => {
-    const url = route.request().url();
-    if (url.startsWith(home) || /^(data|blob):/.test(url)) return route.continue();
-    complain(`asks for ${url}`);
-    return route.abort();
+let visited = ''; // the page that complaints are about
+
+async function tab() { // one for all pages: a process for each costs more than the page
+  const page = await browser.newPage({ viewport: desk, colorScheme: 'light' });
+  const complain = what => problem(visited, what);
+  page.on('request', request => { // another host is not found; a route for each request would switch the browser's cache off
+    if (!request.url().startsWith(home) && !/^(data|blob|about):/.test(request.url())) complain(`asks for ${request.url()}`);
   });
   page.on('response', r => { if (r.status() >= 400) complain(`${r.status()} ${r.url().replace(home, '')}`); });
   page.on('console', m => { if (m.type() === 'error') complain(`console: ${m.text().slice(0, 200)}`); });
   page.on('pageerror', e => complain(`error: ${String(e).slice(0, 200)}`));
+  return page;
+}
+
+async function open(file, page) {
+  visited = file;
+  await page.setViewportSize(desk);
   await page.goto(home + file, { waitUntil: 'load', timeout: 60000 });
   await page.evaluate(() => document.fonts.ready);
-  return page;
 }
 
 async function shot(page, name) {
@@ -81,8 +94,9 @@ async function shot(page, name) {
   await page.screenshot({ path: join(options.shots, `${name}.png`) });
 }
 
-async function visit(file, context) {
-  const page = await open(file, context), name = file.replace('.html', '');
+async function visit(file, page) {
+  await open(file, page);
+  const name = file.replace('.html', '');
   const math = await page.evaluate(formulas);
   if (math.marked !== math.set || math.wrong) problem(file, `${math.set} of ${math.marked} formulas set, ${math.wrong} wrong`);
   report.formulas += math.set;
@@ -113,13 +127,13 @@ async function visit(file, context) {
     if (culprits.length) problem(file, `too wide at ${size.width} px: ${culprits.join(' | ')}`);
   }
   await shot(page, `${name}-phone`);
-  await page.close();
+  await page.evaluate(() => localStorage.clear()); // the next visitor is a new one: the chosen theme is remembered
   report.pages++;
 }
 
-async function search(context) {
+async function search(page) {
   const [word, expected] = options.search.split('=');
-  const page = await open('index.html', context);
+  await open('index.html', page);
   await page.locator('input[name="q"]:visible').first().fill(word);
   await page.keyboard.press('Enter');
   await page.waitForURL('**/search.html?**');
@@ -128,16 +142,16 @@ async function search(context) {
   report.results = await links.evaluateAll(all => [...new Set(all.map(a => new URL(a.href).pathname.slice(1)))]);
   if (!report.results.includes(expected)) problem('search.html', `${word} is not found in ${expected}: ${report.results}`);
   await shot(page, 'search-light');
-  await page.close();
 }
 
 try {
-  for (const file of readdirSync(site).filter(f => f.endsWith('.html')).sort()) {
-    const context = await browser.newContext({ viewport: desk, colorScheme: 'light' }); // a fresh visitor: the chosen theme is remembered
-    await visit(file, context).catch(e => problem(file, String(e).split('\n')[0]));
-    await context.close();
-  }
-  if (options.search) await search(await browser.newContext({ viewport: desk }));
+  let page = await tab();
+  for (const file of readdirSync(site).filter(f => f.endsWith('.html')).sort()) await visit(file, page).catch(async e => {
+    problem(file, String(e).split('\n')[0]);
+    await page.close();
+    page = await tab();
+  });
+  if (options.search) await search(page);
 } finally {
   await browser.close();
   server.close();

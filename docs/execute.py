@@ -13,6 +13,7 @@ import os
 import re
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing, nullcontext
 from copy import deepcopy
 from functools import partial
 from pathlib import Path
@@ -23,6 +24,7 @@ from nbclient.exceptions import CellExecutionError, CellTimeoutError, DeadKernel
 from nbdev.clean import clean_nb, read_nb, write_nb
 from nbdev.config import get_config
 from nbdev.test import nb_test_cells
+from nursery import Nursery, manager_of
 
 ROOT = Path(__file__).resolve().parent.parent
 WIDGET = "application/vnd.jupyter.widget-view+json"
@@ -63,11 +65,12 @@ def execute(
     path:Path, # the chapter
     timeout:float=600, # most seconds for one cell
     flags:str="", # kinds of cells to run that are skipped otherwise, such as `slow`
+    nursery:Nursery|None=None, # forks the kernel; None: a new Python
 )->nbformat.NotebookNode: # the chapter with fresh outputs and widget state
     "Run the chapter at `path` in a kernel of its own."
     nb = prepared(path, flags)
     client = NotebookClient(nb, timeout=timeout, kernel_name="python3", coalesce_streams=True, extra_arguments=["--log-level=ERROR"],
-                            resources=dict(metadata=dict(path=str(path.parent))))
+                            resources=dict(metadata=dict(path=str(path.parent))), **(dict(kernel_manager_class=manager_of(nursery)) if nursery else {}))
     client.execute(env=kernel_env())
     del nb.cells[0]
     for cell in nb.cells:
@@ -110,9 +113,13 @@ def differences(fresh:nbformat.NotebookNode, stored:nbformat.NotebookNode)->list
 
 # --- command line ----------------------------------------------------------------------------------------------
 
-def run(path:Path, save_outputs:bool, check:bool, timeout:float, flags:str)->list[str]:
+def nursery()->Nursery|None:
+    "What forks the kernels of several chapters, where processes can be forked; `close` it."
+    return Nursery(kernel_env()) if hasattr(os, "fork") else None
+
+def run(path:Path, save_outputs:bool, check:bool, timeout:float, flags:str, nursery:Nursery|None=None)->list[str]:
     "Run one chapter; the lines that say what is wrong with it."
-    try: nb = execute(path, timeout, flags)
+    try: nb = execute(path, timeout, flags, nursery)
     except (CellExecutionError, CellTimeoutError, DeadKernelError) as e: return [f"{path.name}: {ANSI.sub('', str(e)).strip()}"]
     wrong = [f"{path.name}: {line}" for line in differences(nb, nbformat.read(path, as_version=4))] if check else []
     if save_outputs: save(nb, path)
@@ -129,9 +136,9 @@ def main()->int:
     args = parser.parse_args()
     paths = [p.resolve() for p in args.notebooks] or sorted((ROOT/"nbs").glob("[!_]*.ipynb"))
     if missing := [str(p) for p in paths if not p.is_file()]: parser.error(f"no such notebook: {', '.join(missing)}")
-    failed = 0
-    with ThreadPoolExecutor(args.jobs) as pool:
-        for path,wrong in zip(paths, pool.map(partial(run, save_outputs=args.save, check=args.check, timeout=args.timeout, flags=args.flags), paths)):
+    failed,forks = 0,nursery() if len(paths) > 1 else None
+    with ThreadPoolExecutor(args.jobs) as pool, closing(forks) if forks else nullcontext():
+        for path,wrong in zip(paths, pool.map(partial(run, save_outputs=args.save, check=args.check, timeout=args.timeout, flags=args.flags, nursery=forks), paths)):
             print("\n".join(wrong) if wrong else f"{path.name}: ok", flush=True)
             failed += bool(wrong)
     return int(failed > 0)

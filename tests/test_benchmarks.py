@@ -1,6 +1,7 @@
 "The table of benchmarks/run.py has every row, and a peer that does other work is found out before it is timed. No test looks at a clock."
+import os
 import re
-import subprocess
+import runpy
 import sys
 from functools import partial
 from importlib.util import module_from_spec, spec_from_file_location
@@ -26,20 +27,32 @@ def bench():
     del sys.modules[spec.name]
 
 
-def test_one_command_one_table():
+@pytest.fixture
+def command(monkeypatch, capsys):
+    "What a script prints, run as from a shell, but by this Python, which has torch and compiled functions at hand."
+    def run(script, *options):
+        for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "HF_HUB_OFFLINE", "TOKENIZERS_PARALLELISM"): monkeypatch.setenv(name, os.environ.get(name, "1"))  # what the script sets is unset afterwards
+        monkeypatch.setattr(sys, "argv", [str(script), *options])
+        monkeypatch.setattr(sys, "path", [str(script.parent), *sys.path])
+        capsys.readouterr()
+        runpy.run_path(str(script), run_name="__main__")
+        return capsys.readouterr().out
+    return run
+
+
+def test_one_command_one_table(command):
     for peer in ("transformers", "numba", "xllamacpp", "tiktoken"): pytest.importorskip(peer)
-    done = subprocess.run([sys.executable, SCRIPT, "--rounds", "1", "--tiny"], capture_output=True, text=True, encoding="utf-8", timeout=200, check=False)
-    assert done.returncode == 0, done.stderr
-    head, legend, *_ = [line for line in done.stdout.splitlines() if line]
+    out = command(SCRIPT, "--rounds", "1", "--tiny")
+    head, legend, *_ = [line for line in out.splitlines() if line]
     assert "torch" in head and "on 1 thread" in legend
-    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in done.stdout.splitlines() if line.startswith("|")][2:]
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in out.splitlines() if line.startswith("|")][2:]
     work = [*(w for w, _ in ROWS), *WORK[2:], *WORK[-1:]*(len(PEERS)-1)]
-    assert [f"{r[0]} "[:len(w)] for r, w in zip(rows, work, strict=True)] == work, done.stdout
+    assert [f"{r[0]} "[:len(w)] for r, w in zip(rows, work, strict=True)] == work, out
     assert [r[1] for r in rows[:len(ROWS)]] == [peer for _, peer in ROWS]
     assert [r[1].startswith(peer) for r, peer in zip(rows[len(ROWS)+2:], PEERS, strict=True)] == [True]*6
     for _, _, ours, theirs, ratio in rows:
         assert all(re.fullmatch(r"([\d.e-]+) \(\1–\1\)", cell) for cell in (ours, theirs)) and float(ratio) > 0  # one round: least, median and most are one
-    assert "skipped" not in done.stdout
+    assert "skipped" not in out
 
 
 # --- a peer that does other work ------------------------------------------------------------------------------------
@@ -141,21 +154,19 @@ def test_the_vocabulary_study_goes_on_where_it_was(tmp_path, monkeypatch, capsys
 
 # --- the stages of cleaning ---------------------------------------------------------------------------------------
 
-def test_every_stage_of_cleaning_has_its_row():
+def test_every_stage_of_cleaning_has_its_row(command):
     for package in ("resiliparse", "trafilatura", "ftfy", "py3langid"): pytest.importorskip(package)
-    done = subprocess.run([sys.executable, SCRIPT.with_name("cleaning.py"), "--tiny"], capture_output=True, text=True, encoding="utf-8", timeout=200, check=False)
-    assert done.returncode == 0, done.stderr
-    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in done.stdout.splitlines() if line.startswith("| ") and "MB/s" not in line]
+    out = command(SCRIPT.with_name("cleaning.py"), "--tiny")
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in out.splitlines() if line.startswith("| ") and "MB/s" not in line]
     stages = {name.partition(",")[0] for name, *_ in rows}
     assert {"FromHtml", "repair_unicode", "GopherRules", "RepetitionRules", "C4Rules", "KeepLanguages", "QualityFilter", "WordFilter", "Decontaminate", "RedactPII", "Fingerprint", "resiliparse", "trafilatura"} <= stages
     assert all(float(speed) > 0 and float(mb) > 0 for _, mb, speed, _ in rows)
 
 
-def test_the_trainers_of_the_lesson_have_their_rows():
+def test_the_trainers_of_the_lesson_have_their_rows(command):
     pytest.importorskip("numba")
-    done = subprocess.run([sys.executable, SCRIPT.with_name("trainers.py"), "--texts", "5", "--merges", "20", "--rounds", "1"], capture_output=True, text=True, encoding="utf-8", timeout=200, check=False)
-    assert done.returncode == 0, done.stderr
-    assert re.findall(r"^\| (\w+) \| [\d.e-]+ \| [\d,]+ times", done.stdout, re.M) == ["naive", "counted", "indexed", "compiled"]
+    out = command(SCRIPT.with_name("trainers.py"), "--texts", "5", "--merges", "20", "--rounds", "1")
+    assert re.findall(r"^\| (\w+) \| [\d.e-]+ \| [\d,]+ times", out, re.M) == ["naive", "counted", "indexed", "compiled"]
 
 
 # --- quality and tokens per CPU-second -----------------------------------------------------------------------------------

@@ -40,11 +40,19 @@ def run(path:Path, limit:float, *options:str)->subprocess.CompletedProcess:
         return subprocess.CompletedProcess(command, process.returncode, out)
 
 
+@pytest.fixture(scope="session")
+def nursery():
+    "Kernels are forked from a process that has imported what all chapters import: four seconds for each of them."
+    forks = execute.nursery()
+    yield forks
+    if forks: forks.close()
+
+
 @pytest.mark.timeout(LIMIT)
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)
-def test_chapter(path):
+def test_chapter(path, nursery):
     "In this process, which has imported the runner once: a process for each chapter costs two seconds of it."
-    wrong = execute.run(path, save_outputs=False, check=True, timeout=LIMIT, flags="")
+    wrong = execute.run(path, save_outputs=False, check=True, timeout=LIMIT, flags="", nursery=nursery)
     assert not wrong, "\n".join(wrong)[-6000:]
 
 
