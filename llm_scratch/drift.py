@@ -283,7 +283,7 @@ def drift_report(
     values:Mapping[str, Sequence[float]]|None=None, # other signs, one number for each interaction, such as `bits_per_byte`; NaN where there is none
     alpha:float=.05, # chance of a false alarm of the whole report
     seed:int=0, # of shuffles and draws
-)->list[dict]: # a row for each sign: `name, alarm, p` (corrected), `before, now` (means, in `unit`), `n_before, n`, `since` (UTC, when a watch would have rung)
+)->list[dict]: # a row for each sign: `name, alarm, p` (corrected), `before, now` (means, in `unit`), `n_before, n`, `since` (UTC, when the watch rang; empty if it did not)
     "Has something changed, and since when?"
     values = dict(values or {})
     if clash := sorted(set(values) & (set(TEXT_SIGNS) | set(SERVED_SIGNS))): raise UserError(f"the values of {clash[0]!r} come from the interactions: give other names than {', '.join((*TEXT_SIGNS, *SERVED_SIGNS))}")
@@ -291,17 +291,16 @@ def drift_report(
     order = sorted(range(len(interactions)), key=lambda k: interactions[k].time)
     signs = _signs(reference, [interactions[k] for k in order], {name:[v[k] for k in order] for name,v in values.items()})
     units = dict.fromkeys((*reference.values, *values), "") | TEXT_SIGNS | SERVED_SIGNS
-    watch = DriftWatch({name:reference.values.get(name, ()) for name in units}, alpha=alpha, seed=seed)
+    watch = DriftWatch({name:reference.values.get(name, ()) for name in units}, alpha=alpha/2, seed=seed)
     for row in signs: watch.see(row)
-    rows,ps = [],[]
+    rows,compared = [],[]
     for name,unit in units.items():
         before,now = reference.values.get(name, ()),[row[name] for row in signs if name in row]
-        if not now: p = 1.
-        elif before: p = shuffled_p(before, now, unevenness if name == "topics" else ks_distance, seed=seed)
-        else: p = watch._gamblers[name].p # nothing to compare with: did it stay as it began?
+        compared.append(shuffled_p(before, now, unevenness if name == "topics" else ks_distance, seed=seed) if len(before) and now else 1.)
         at = watch.alarm_at.get(name)
         since = datetime.fromtimestamp(interactions[order[at-1]].time, timezone.utc).strftime("%Y-%m-%d %H:%M") if at else ""
-        ps.append(p)
         rows.append(dict(name=name, alarm=False, p=1.) | _told(reference, name, unit, before, now) | dict(n_before=len(before), n=len(now), since=since))
-    for row,p in zip(rows, holm(ps)): row |= dict(p=p, alarm=p <= alpha)
+    for row,one,other in zip(rows, holm(compared), watch.p.values()): # each has half of the chance
+        p = min(1., 2*min(one, other))
+        row |= dict(p=p, alarm=p <= alpha)
     return rows

@@ -222,10 +222,13 @@ def test_a_shuffled_p_is_exact_with_ties_and_a_report_corrects_for_its_rows(usua
     low = sum(shuffled_p(rng.integers(0, 3, 20), rng.integers(0, 3, 15), ks_distance, repeats=99, seed=s) <= .1 for s in range(200))
     assert exact_interval(low, 200)[0] <= .1
     assert shuffled_p(range(20), range(90, 110), ks_distance, repeats=9) == .1  # never 0: what was seen is one of the shuffles
-    rows = drift_report(usual, said := asked(sentences(KITCHEN, 60, 1)+sentences(COURT, 6, 2)))
+    rows = drift_report(usual, said := asked(sentences(KITCHEN, 60, 1)+sentences(COURT, 15, 2)))
     now = drift_scores(usual, [i.prompt for i in said])
     raw = [shuffled_p(usual.values[s], now[s], unevenness if s == "topics" else ks_distance) for s in TEXT_SIGNS]
-    assert [r["p"] for r in rows] == pytest.approx(holm([*raw, 1., 1.]))  # thumbs and latency: nothing is known
+    watch = DriftWatch(usual.values | dict.fromkeys(SERVED_SIGNS, ()))
+    for i in said: watch.see({s: v[0] for s, v in drift_scores(usual, [i.prompt]).items()})
+    assert [r["p"] for r in rows] == pytest.approx([min(1., 2*min(pair)) for pair in zip(holm([*raw, 1., 1.]), watch.p.values())])  # thumbs and latency: nothing is known
+    assert all(r["alarm"] for r in rows if r["since"]) and any(r["since"] for r in rows)
 
 
 # --- what a user can get wrong ---------------------------------------------------------------------------------------
