@@ -212,6 +212,12 @@ def test_other_signs_are_compared_with_their_past_or_with_themselves():
     assert (rows["bits_per_byte"]["n"], rows["bits_per_byte"]["n_before"], rows["other"]["n_before"], rows["rating"]["n_before"]) == (50, 80, 0, 200)
 
 
+def test_what_has_a_date_rings(usual):
+    "Thumbs only, 40 up and then more and more down: a date comes with the alarm, not before it."
+    rows = [drift_report(usual, [Interaction(f"i{i}", 60.*i, "v1", "", "", rating=1 if i < 40 else -1) for i in range(40+k)])[-2] for k in range(1, 25)]
+    assert [bool(r["since"]) for r in rows] == [r["alarm"] for r in rows] and {r["alarm"] for r in rows} == {True, False}
+
+
 def test_nothing_to_report(usual):
     without = [Interaction("a", 1., "v1", "", "")]
     for some in ([], without): assert [(r["alarm"], r["p"], r["n"], r["now"]) for r in drift_report(usual, some) if r["name"] != "topics"] == [(False, 1., 0, None)]*4
@@ -222,10 +228,13 @@ def test_a_shuffled_p_is_exact_with_ties_and_a_report_corrects_for_its_rows(usua
     low = sum(shuffled_p(rng.integers(0, 3, 20), rng.integers(0, 3, 15), ks_distance, repeats=99, seed=s) <= .1 for s in range(200))
     assert exact_interval(low, 200)[0] <= .1
     assert shuffled_p(range(20), range(90, 110), ks_distance, repeats=9) == .1  # never 0: what was seen is one of the shuffles
-    rows = drift_report(usual, said := asked(sentences(KITCHEN, 60, 1)+sentences(COURT, 6, 2)))
+    rows = drift_report(usual, said := asked(sentences(KITCHEN, 60, 1)+sentences(COURT, 15, 2)))
     now = drift_scores(usual, [i.prompt for i in said])
     raw = [shuffled_p(usual.values[s], now[s], unevenness if s == "topics" else ks_distance) for s in TEXT_SIGNS]
-    assert [r["p"] for r in rows] == pytest.approx(holm([*raw, 1., 1.]))  # thumbs and latency: nothing is known
+    watch = DriftWatch(usual.values | dict.fromkeys(SERVED_SIGNS, ()))
+    for i in said: watch.see({s: v[0] for s, v in drift_scores(usual, [i.prompt]).items()})
+    assert [r["p"] for r in rows] == pytest.approx([min(1., 2*min(pair)) for pair in zip(holm([*raw, 1., 1.]), watch.p.values())])  # thumbs and latency: nothing is known
+    assert all(r["alarm"] for r in rows if r["since"]) and any(r["since"] for r in rows)
 
 
 # --- what a user can get wrong ---------------------------------------------------------------------------------------
