@@ -1387,6 +1387,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                    'llm_scratch.drift._most_moved': ('drift.html#_most_moved', 'llm_scratch/drift.py'),
                                    'llm_scratch.drift._nearest_topic': ('drift.html#_nearest_topic', 'llm_scratch/drift.py'),
                                    'llm_scratch.drift._signs': ('drift.html#_signs', 'llm_scratch/drift.py'),
+                                   'llm_scratch.drift._told': ('drift.html#_told', 'llm_scratch/drift.py'),
                                    'llm_scratch.drift._topic_rows': ('drift.html#_topic_rows', 'llm_scratch/drift.py'),
                                    'llm_scratch.drift.drift_report': ('drift.html#drift_report', 'llm_scratch/drift.py'),
                                    'llm_scratch.drift.drift_scores': ('drift.html#drift_scores', 'llm_scratch/drift.py'),
