@@ -343,7 +343,7 @@ def lineage_figure(
     ax,kinds = fig.subplots(),list(dict.fromkeys(n.kind for n in lineage.nodes.values()))
     for node in lineage.nodes.values():
         (x,y),alpha = at[node.name],1. if node.name in strong else .35
-        for p in node.parents: ax.annotate("", (x-.38, y), (at[p][0]+.38, at[p][1]), arrowprops=dict(arrowstyle="->", color="0.5", alpha=alpha, lw=.8))
+        for p in node.parents: ax.annotate("", (x-.38, y), (at[p][0]+.38, at[p][1]), arrowprops=dict(arrowstyle="->", color="0.5", alpha=alpha, lw=.8, connectionstyle=f"arc3,rad={-.2 if x-at[p][0] > 1 else 0}"))
         ax.text(x, y, node.name, ha="center", va="center", fontsize=6, alpha=alpha, bbox=dict(boxstyle="round", fc=f"C{kinds.index(node.kind)%10}", ec="none", alpha=.3*alpha))
     ax.set(xlim=(-.6, max(rows, default=0)+.6), ylim=(-max(rows.values(), default=1)+.4, .6))
     ax.axis("off")
