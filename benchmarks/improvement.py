@@ -10,6 +10,7 @@ import shutil
 import sys
 import tempfile
 from copy import deepcopy
+from functools import partial
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -22,11 +23,11 @@ from llm_scratch.promotion import GateRule  # noqa: E402
 
 NEEDED = "run.json", "documents", "tokenizer", "tokens", "model"
 
-def spoilt(work, model, batches):
-    "A model whose training went wrong: noise on every weight."
+def spoilt(work, model, batches, times:float=1.):
+    "A model whose training went wrong: noise on every weight, so many times as large as the weights."
     bad, rng = deepcopy(model), torch.Generator().manual_seed(work.seed)
     with torch.no_grad():
-        for p in bad.parameters(): p.add_(p.std()*torch.randn(p.shape, generator=rng))
+        for p in bad.parameters(): p.add_(times*p.std()*torch.randn(p.shape, generator=rng))
     return bad
 
 def begin(folder:Path, run:Path|None, seed:int)->tuple:
@@ -48,7 +49,7 @@ def row_of(home:Path, number:int)->dict:
                 drift=[r["name"] for r in part("drift")["rows"] if r["alarm"]], patterns=[dict(name=p["name"], impact=p["impact"]) for p in part("patterns")["patterns"]], n_docs=new["n_docs"], sources=new.get("sources", {}), n_tokens=new.get("n_tokens", 0),
                 gate=part("gate")["promote"], canary=dict(state=canary["state"], why=canary["why"]), times=part("times"))
 
-SPOILT = dict(teach=spoilt), dict(teach=spoilt, rules=[GateRule("seconds per answer", margin=2., relative=True)]) # before the gate; before a gate that looks at speed alone, so that the canary has to find out
+SPOILT = {"spoilt before the gate":dict(teach=spoilt), "spoilt before the canary":dict(teach=partial(spoilt, times=3.), rules=[GateRule("seconds per answer", margin=2., relative=True)])} # the second one's gate looks at speed alone, so that the canary has to find out
 
 def go(home:Path, users, library:list, plan, hows:list[dict])->list[dict]:
     "One turn for each way to do it."
@@ -72,7 +73,7 @@ def main()->None:
         for seed in args.seeds[:1] if args.tiny else args.seeds:
             start = lambda name: begin((args.work or Path(tmp))/f"{name} {seed}", None if args.tiny else args.run, seed)
             record["runs"].append(go(*start("seed"), [{}]*(1 if args.tiny else 3)))
-            record["spoilt"].append(go(*start("spoilt"), list(SPOILT)))
+            record["spoilt"].append([go(*start(name), [how])[0] for name, how in SPOILT.items()])
             record["seeds"].append(seed)
             write_json(args.out, record)
 

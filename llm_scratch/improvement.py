@@ -694,9 +694,9 @@ def toy_home(
     users = users_of(dict(letters=letters[:80], weather=weather[:80]), [dict(letters=.6, weather=.4)], n_held=40, seed=seed)
     return users,weather[80:]
 
-TOY_PLAN = TurnPlan(n_asked=80, max_new_tokens=56, n_docs=200, n_steps=40, batch_size=8) # of a turn that takes seconds
+TOY_PLAN = TurnPlan(n_asked=80, max_new_tokens=56, n_docs=200, n_steps=40, batch_size=8, lr=.3) # of a turn that takes seconds
 
-# %% ../nbs/11_improvement.ipynb #11x052
+# %% ../nbs/11_improvement.ipynb #11x053
 BOOK_TOPICS = ("encyclopaedia", "shakespeare", "spanish") # what the book's users begin to ask for, one after the other
 BOOK_SHARES = (dict(recipes=.55, encyclopaedia=.45), dict(recipes=.4, encyclopaedia=.2, shakespeare=.4), dict(recipes=.25, encyclopaedia=.15, shakespeare=.2, spanish=.4)) # of their wishes in three turns: each day brings a new one
 
@@ -715,7 +715,7 @@ def book_users(
         topics[name],library = docs[:n_wishes],library+docs[n_wishes:n_wishes+n_library]
     return users_of(topics, BOOK_SHARES, seed=seed),library
 
-# %% ../nbs/11_improvement.ipynb #11x053
+# %% ../nbs/11_improvement.ipynb #11x054
 def run_users(
     home:str|Path, # a run with a model
     seed:int=0, # of who has what in mind
@@ -729,7 +729,7 @@ def run_users(
     users = users_of(known, [dict(recipes=.4, letters=.5, weather=.1), dict(recipes=.3, letters=.3, weather=.4)], n_held=12, seed=seed)
     return users,[d for docs in toys.values() for d in docs[60:]],TurnPlan(n_asked=60, max_new_tokens=24, n_docs=100, n_steps=40, n_canary=20)
 
-# %% ../nbs/11_improvement.ipynb #11x054
+# %% ../nbs/11_improvement.ipynb #11x055
 def improve_run(
     home:str|Path, # a run with a model
     n_turns:int=1, # to be done
