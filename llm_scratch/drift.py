@@ -17,6 +17,8 @@ from datetime import datetime, timezone
 
 import numpy as np
 
+from fastcore.basics import patch
+
 from .behaviour import k_means, squared_distances, telling_terms, unit_rows
 from .core import UserError
 from .evaluation import holm
@@ -179,28 +181,31 @@ class DriftWatch:
     def log_wealth(self)->dict[str, float]: # sign to the logarithm of what one coin has become
         return {name:g.log_wealth for name,g in self._gamblers.items()}
 
-    def see(self,
-        seen:str|float|Mapping[str, float], # a text, a number, or numbers by sign, of which some may be missing
-    )->bool: # the alarm
-        "Bet on what is seen, then count it as seen."
-        for name,value in self._numbers(seen).items():
-            self._gamblers[name].see(place_among(value, self._earlier[name], self._rng.random()))
-            insort(self._earlier[name], value)
-        self.n += 1
-        for name,p in self.p.items():
-            if p <= self.alpha: self.alarm_at.setdefault(name, self.n)
-        return self.alarm
+# %% ../nbs/11c_drift.ipynb #11c024
+@patch
+def _numbers(self:DriftWatch, seen:str|float|Mapping[str, float])->dict[str, float]:
+    if isinstance(seen, str):
+        if not self.reference: raise UserError("a text can't be watched without a reference: give the watch what `fit_reference` returns")
+        seen = {name:v[0] for name,v in drift_scores(self.reference, [seen]).items()}
+    elif not isinstance(seen, Mapping): seen = dict(value=seen)
+    if unknown := [name for name in seen if name not in self._gamblers]: raise UserError(f"{unknown[0]!r} is not watched: the watch was made for {', '.join(self._gamblers)}")
+    if odd := [name for name,v in seen.items() if math.isnan(v)]: raise UserError(f"{odd[0]}=nan has no place among other numbers: leave it out")
+    return {name:float(v) for name,v in seen.items()}
 
-    def _numbers(self, seen:str|float|Mapping[str, float])->dict[str, float]:
-        if isinstance(seen, str):
-            if not self.reference: raise UserError("a text can't be watched without a reference: give the watch what `fit_reference` returns")
-            seen = {name:v[0] for name,v in drift_scores(self.reference, [seen]).items()}
-        elif not isinstance(seen, Mapping): seen = dict(value=seen)
-        if unknown := [name for name in seen if name not in self._gamblers]: raise UserError(f"{unknown[0]!r} is not watched: the watch was made for {', '.join(self._gamblers)}")
-        if odd := [name for name,v in seen.items() if math.isnan(v)]: raise UserError(f"{odd[0]}=nan has no place among other numbers: leave it out")
-        return {name:float(v) for name,v in seen.items()}
+@patch
+def see(self:DriftWatch,
+    seen:str|float|Mapping[str, float], # a text, a number, or numbers by sign, of which some may be missing
+)->bool: # the alarm
+    "Bet on what is seen, then count it as seen."
+    for name,value in self._numbers(seen).items():
+        self._gamblers[name].see(place_among(value, self._earlier[name], self._rng.random()))
+        insort(self._earlier[name], value)
+    self.n += 1
+    for name,p in self.p.items():
+        if p <= self.alpha: self.alarm_at.setdefault(name, self.n)
+    return self.alarm
 
-# %% ../nbs/11c_drift.ipynb #11c034
+# %% ../nbs/11c_drift.ipynb #11c036
 def stability_index(
     a:Sequence[float], # before
     b:Sequence[float], # now
@@ -211,7 +216,7 @@ def stability_index(
     p,q = ((np.bincount(np.searchsorted(edges, some, "right"), minlength=len(edges)+1)+.5)/(len(some)+.5*(len(edges)+1)) for some in (a, b))
     return float(((p-q)*np.log(p/q)).sum())
 
-# %% ../nbs/11c_drift.ipynb #11c038
+# %% ../nbs/11c_drift.ipynb #11c03a
 class SteadyWatch:
     "Sees numbers without an end and begins anew after each alarm; without a change it takes at least `run_length` numbers to ring, on average."
     def __init__(self,
@@ -239,7 +244,7 @@ class SteadyWatch:
             self._begin(())
         return rings
 
-# %% ../nbs/11c_drift.ipynb #11c03b
+# %% ../nbs/11c_drift.ipynb #11c03d
 def unevenness(
     a:Sequence[float], # kinds, as numbers
     b:Sequence[float], # others
@@ -250,7 +255,7 @@ def unevenness(
     expected = n_2K.sum(1, keepdims=True)*n_2K.sum(0)/n_2K.sum()
     return float(((n_2K-expected)**2/expected).sum())
 
-# %% ../nbs/11c_drift.ipynb #11c03d
+# %% ../nbs/11c_drift.ipynb #11c03f
 SERVED_SIGNS = dict(rating="mean of thumbs", latency_s="seconds") # what a row of the store says by itself, and its unit
 
 def _signs(reference:Reference, seen:Sequence[Interaction], values:Mapping[str, Sequence[float]])->list[dict[str, float]]: # for each row, what is known
@@ -275,7 +280,7 @@ def _told(reference:Reference, name:str, unit:str, before:Sequence[float], now:S
     mean = lambda x: round(float(np.mean(x)), 4) if len(x) else None
     return dict(unit=unit or name, before=mean(before or now[:half]), now=mean(now[half:]))
 
-# %% ../nbs/11c_drift.ipynb #11c03e
+# %% ../nbs/11c_drift.ipynb #11c040
 def drift_report(
     reference:Reference, # what was usual, of `fit_reference`
     interactions:Sequence[Interaction], # of the time that is asked about

@@ -212,6 +212,12 @@ def test_other_signs_are_compared_with_their_past_or_with_themselves():
     assert (rows["bits_per_byte"]["n"], rows["bits_per_byte"]["n_before"], rows["other"]["n_before"], rows["rating"]["n_before"]) == (50, 80, 0, 200)
 
 
+def test_what_has_a_date_rings(usual):
+    "Thumbs only, 40 up and then more and more down: a date comes with the alarm, not before it."
+    rows = [drift_report(usual, [Interaction(f"i{i}", 60.*i, "v1", "", "", rating=1 if i < 40 else -1) for i in range(40+k)])[-2] for k in range(1, 25)]
+    assert [bool(r["since"]) for r in rows] == [r["alarm"] for r in rows] and {r["alarm"] for r in rows} == {True, False}
+
+
 def test_nothing_to_report(usual):
     without = [Interaction("a", 1., "v1", "", "")]
     for some in ([], without): assert [(r["alarm"], r["p"], r["n"], r["now"]) for r in drift_report(usual, some) if r["name"] != "topics"] == [(False, 1., 0, None)]*4
