@@ -88,7 +88,7 @@ MAY_IMPORT = {
     "serving": {"core", "architecture", "compiled", "generation"},
     "promotion": {"core", "audit", "comparison", "evaluation", "serving", "speed"},  # audit and speed: two audits and two clocks are evidence; serving: the canary is an engine
     "server": {"core", "assistant", "feedback", "guard", "monitoring", "serving"},  # assistant: the chat template; feedback, within a function: a store of a later chapter; monitoring: what a metric is
-    "kubernetes": {"core", "architecture", "data"},  # data: the pinned file that helm is in
+    "kubernetes": {"core", "architecture", "data", "serving"},  # data: the pinned file that helm is in; serving: which models are copied
     "inferentia": {"core", "architecture", "costs"},  # what is rented
     "deployment": {"core", "architecture", "families", "generation", "interchange", "tokenization"},
     "browser": {"core", "deployment", "tokenization"},  # what a page runs: a graph and a tokenizer
