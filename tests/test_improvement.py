@@ -229,7 +229,7 @@ def noise(work, model, batches):
     from copy import deepcopy
     bad, rng = deepcopy(model), torch.Generator().manual_seed(0)
     with torch.no_grad():
-        for p in bad.parameters(): p.add_(p.std()*torch.randn(p.shape, generator=rng))
+        for p in bad.parameters(): p.add_(3*p.std()*torch.randn(p.shape, generator=rng))
     return bad
 
 
