@@ -34,7 +34,7 @@ from statistics import NormalDist
 from typing import NamedTuple
 
 from .comparison import paired_bootstrap
-from .core import UserError, atomic_path, check_seal, markdown_table, read_json, read_json_lines, seal, sha256_file, write_json, write_json_lines
+from .core import UserError, atomic_path, check_seal, json_lines_so_far, markdown_table, read_json, read_json_lines, seal, sha256_file, write_json, write_json_lines
 from .data import credit
 from .evaluation import Difference, Result, holm, share_of
 from .monitoring import read_rows
@@ -561,8 +561,6 @@ def run_files(
     "What there is to show."
     return {str(p.relative_to(run)):sha256_file(p) for pattern in _LOOK for p in sorted(Path(run).glob(pattern)) if p.is_file()} if run else {}
 
-def _lines_of(path:Path)->list[dict]: return read_json_lines(path) if path.is_file() else []
-
 def run_facts(
     run:str|Path|None, # directory of a run, or of a model; None: there is none
 )->dict[str, object]: # what is known: `sources`, `device`, `n_devices`, `updates`, `tokens`, `seconds`
@@ -733,7 +731,7 @@ def save_audit(
 )->list[Verdict]: # of the gates
     "Write report, card, checklist and register of what is known so far, and seal them."
     folder,(about,ends) = Path(folder),read_audit(folder)
-    results,prose = _lines_of(Path(run)/"results.jsonl") if run else [],""
+    results,prose = json_lines_so_far(Path(run)/"results.jsonl") if run else [],""
     for path in ([Path(run)/"model"/"README.md", Path(run)/"README.md"] if run else []):
         if not prose and path.is_file(): prose = path.read_text(encoding="utf-8")
     if brief: save_brief(brief, folder/"brief.json")

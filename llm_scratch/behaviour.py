@@ -26,7 +26,7 @@ import torch
 from .core import UserError, atomic_path
 from .evaluation import Result, by_length, share_of
 from .feedback import Interaction
-from .report import html_page, html_table, svg_of
+from .report import html_page, html_table, plot_axes, svg_of
 
 # %% ../nbs/11b_behaviour.ipynb #11b007
 def is_judged(
@@ -221,6 +221,8 @@ class Pattern:
     elsewhere:Result # badness of judged requests that are in no pattern
     p:float # how often by chance any group stands out as much
 
+
+# %% ../nbs/11b_behaviour.ipynb #11b023a
 def product_of(
     a:Result, # of some pieces
     b:Result, # of others, or independent
@@ -353,10 +355,7 @@ def time_bins(
 
 # %% ../nbs/11b_behaviour.ipynb #11b038
 def _axes(title:str, ylabel:str, height:float=2.4)->tuple["matplotlib.figure.Figure", "matplotlib.axes.Axes"]:
-    from matplotlib.figure import Figure
-    fig = Figure(figsize=(4, height), layout="constrained")
-    ax = fig.subplots()
-    ax.set(title=title, ylabel=ylabel)
+    fig,ax = plot_axes(4, height, title=title, ylabel=ylabel)
     ax.spines[["top", "right"]].set_visible(False)
     return fig,ax
 

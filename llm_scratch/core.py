@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['UserError', 'optional_package', 'sync', 'discard', 'atomic_path', 'write_json', 'read_json', 'write_json_lines',
-           'read_json_lines', 'sha256_file', 'check_files', 'seal', 'check_seal', 'markdown_table']
+           'read_json_lines', 'json_lines_so_far', 'sha256_file', 'check_files', 'seal', 'check_seal', 'markdown_table']
 
 # %% ../nbs/00_core.ipynb #d95e3809
 import hashlib
@@ -98,6 +98,13 @@ def read_json_lines(
 )->list: # a value for each line
     "What the lines say."
     return [json.loads(line) for line in Path(path).read_text(encoding="utf-8").splitlines()]
+
+def json_lines_so_far(
+    path:str|Path, # of `write_json_lines`, or of nobody
+)->list: # a value for each line
+    "What the lines say; nothing where there is no file yet."
+    return read_json_lines(path) if Path(path).is_file() else []
+
 
 # %% ../nbs/00_core.ipynb #72514e8c
 def sha256_file(

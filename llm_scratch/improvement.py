@@ -10,7 +10,6 @@ __all__ = ['FAULTS', 'MAX_CHARS', 'TURN_PARTS', 'TOY_PLAN', 'BOOK_TOPICS', 'BOOK
            'score_figure', 'turn_html', 'toy_home', 'book_users', 'run_users', 'improve_run']
 
 # %% ../nbs/11_improvement.ipynb #11x004
-import hashlib
 import json
 import math
 import random
@@ -40,8 +39,8 @@ from .generation import generate
 from .interchange import copy_tokenizer
 from .promotion import CanaryAlarm, CanaryEngine, GateRule, Measured, decide
 from .pretraining import Batches, TrainState, make_optimizers, train, wsd
-from .refresh import Lineage, Refreshed, ReplayBatches, continue_training, lineage_figure, refresh_documents
-from .report import html_page, html_table, svg_of
+from .refresh import Lineage, Refreshed, ReplayBatches, continue_training, digest_of, lineage_figure, refresh_documents
+from .report import html_page, html_table, plot_axes, svg_of
 from .serving import BatchEngine, TextJob, fast_slots
 from .tokenization import Shards, Tokenizer, load_tokenizer, save_tokenizer, train_bpe, write_shards
 
@@ -337,7 +336,7 @@ def measure_version(
     path:Path, # where it is kept
 )->dict: # JSON: `ids`, `topics`, `satisfied`, `bits`, `bytes`, a value for each wish held out
     "Satisfied or not, and bits for each text that was wanted; measured once for each version."
-    key = dict(weights=sha256_file(version.folder/"model.safetensors"), wishes=_digest(users.held_out), max_new_tokens=plan.max_new_tokens)
+    key = dict(weights=sha256_file(version.folder/"model.safetensors"), wishes=digest_of(users.held_out), max_new_tokens=plan.max_new_tokens)
     if path.exists() and (kept := read_json(path))["key"] == key: return kept
     model,tok = _opened(version)
     wishes = users.held_out
@@ -348,8 +347,6 @@ def measure_version(
         bits=[float(n.sum())/math.log(2) for n in nats], bytes=[len(t.encode()) for t in texts])
     write_json(path, found)
     return found
-
-def _digest(value:object)->str: return hashlib.sha256(json.dumps(value).encode()).hexdigest()
 
 def _measured(work:Work, version:Version)->dict: return measure_version(version, work.users, work.plan, work.home/"improve"/"measured"/f"{version.name}.json")
 
@@ -610,11 +607,13 @@ def _note_times(path:Path, part:str, wall:float, cpu:float)->None: # seconds
 
 def _begin(work:Work)->None:
     "Note what decides the turn; `UserError` when a turn that was broken off had other users, texts or plans."
-    told = json.loads(json.dumps(dict(plan=asdict(work.plan), users=_digest(asdict(work.users)), library=_digest([d.id for d in work.library]))))
+    told = json.loads(json.dumps(dict(plan=asdict(work.plan), users=digest_of(asdict(work.users)), library=digest_of([d.id for d in work.library]))))
     path = work.folder/"begun.json"
     if path.exists() and (wrong := [k for k,x in told.items() if read_json(path).get(k) != x]): raise UserError(f"{work.folder} was begun with {' and '.join(wrong)} of another kind: give the same, or delete the folder")
     if not path.exists(): write_json(path, told)
 
+
+# %% ../nbs/11_improvement.ipynb #11x039a
 def next_turn(
     home:str|Path, # a run
 )->int: # number of the turn that is to be begun, or to be gone on with
@@ -635,9 +634,7 @@ def score_figure(
     turns:Sequence[Turn], # one after the other
 )->"matplotlib.figure.Figure":
     "How many are satisfied, before the first turn and after each, over all and by topic."
-    from matplotlib.figure import Figure
-    fig = Figure(figsize=(5.2, 2.8), layout="constrained")
-    ax,states = fig.subplots(),[turns[0].before, *(t.after for t in turns)]
+    (fig,ax),states = plot_axes(5.2, 2.8),[turns[0].before, *(t.after for t in turns)]
     for k,topic in enumerate(states[0]):
         at = np.arange(len(states))+.03*k
         mean,low,high = (np.array([s[topic][what] for s in states]) for what in ("mean", "low", "high"))

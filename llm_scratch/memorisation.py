@@ -29,7 +29,7 @@ from .epochs import exposure
 from .evaluation import Result, mean_of, share_of
 from .metrics import split_words
 from .privacy import KINDS, find_pii
-from .report import report_row, svg_of
+from .report import plot_axes, report_row, svg_of
 from .safety import Section, Subject, item_id
 
 # %% ../nbs/09f_memorisation.ipynb #09f010
@@ -361,12 +361,7 @@ def exposure_rows(
                  _row(f"canaries found, {what}", share_of(sum(e.is_found for e in own), len(own)), "0.05, as by chance")]
     return rows
 
-def _figure(xlabel:str, ylabel:str, title:str)->tuple["matplotlib.figure.Figure", "matplotlib.axes.Axes"]:
-    from matplotlib.figure import Figure
-    fig = Figure(figsize=(4, 2.8), layout="constrained")
-    ax = fig.subplots()
-    ax.set(xlabel=xlabel, ylabel=ylabel, title=title)
-    return fig,ax
+def _figure(xlabel:str, ylabel:str, title:str)->tuple["matplotlib.figure.Figure", "matplotlib.axes.Axes"]: return plot_axes(4, 2.8, xlabel=xlabel, ylabel=ylabel, title=title)
 
 def exposure_figure(
     exposed:Sequence[Exposed], # of `measure_exposure`

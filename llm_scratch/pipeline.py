@@ -889,6 +889,8 @@ def _evaluation(run:Run, questions:tuple[str, ...]=())->None:
     for s in read_json(run.samples)[:2]: out.print(f"\n{s['text'].strip()}")
     out.print(f"\nscorecard: {run.folder/'scorecard.html'}\nreport: {run.report}", soft_wrap=True)
 
+
+# %% ../nbs/12_pipeline.ipynb #1790cfbc
 def _broken(kept:list[Verdict])->str: # empty where all hold, or there are none
     "Which gates were not shown to hold."
     return f"{sum(v.outcome != 'pass' for v in kept)} of {len(kept)} gates were not shown to hold: {'; '.join(f'{gate}, found {found} ({outcome})' for gate,found,outcome in gate_rows(kept) if outcome != 'pass')}" if kept and not gates_hold(kept) else ""
@@ -896,7 +898,6 @@ def _broken(kept:list[Verdict])->str: # empty where all hold, or there are none
 def _gates(kept:list[Verdict])->None:
     "Status 1 if a gate was not shown to hold."
     if wrong := _broken(kept): _fail(wrong, 1)
-
 
 # %% ../nbs/12_pipeline.ipynb #ed59a32a
 def _walk(name:str, does:str, *steps:Callable[[Run], None])->None:
@@ -1514,6 +1515,8 @@ def open_served(
     shield = load_policy(guard, FULL_KIT) if guard else None
     return Served(BatchEngine(model, n_slots=slots, max_waiting=waiting), tok, template, name or Path(folder).resolve().name, model.cfg.context_len, shield)
 
+
+# %% ../nbs/12_pipeline.ipynb #c10serva
 def beside_canary(
     served:Served, # answers now
     candidate:Served, # may come after it
@@ -1532,6 +1535,7 @@ def open_feedback(
     store = open_store(path)
     return CanaryFeedback(store, engine) if isinstance(engine, CanaryEngine) else store
 
+# %% ../nbs/12_pipeline.ipynb #c10servb
 def _env(name:str)->str: return f"LLM_SCRATCH_{name}" # every option of `serve` can be given by the environment, as containers do
 
 @_verb("serve")

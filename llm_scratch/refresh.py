@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['copies_of', 'Refreshed', 'refresh_documents', 'windows_before', 'ReplayBatches', 'recall_means', 'continue_training',
-           'domain_bits', 'file_hashes', 'Node', 'Lineage', 'check_lineage', 'lineage_figure']
+           'domain_bits', 'file_hashes', 'digest_of', 'Node', 'Lineage', 'check_lineage', 'lineage_figure']
 
 # %% ../nbs/11d_refresh.ipynb #11d004
 import hashlib
@@ -225,9 +225,13 @@ def file_hashes(
     if not path.is_dir(): raise UserError(f"{path} is missing: there is nothing to take a checksum of")
     return {str(p.relative_to(path).as_posix()):sha256_file(p) for p in sorted(path.rglob("*")) if p.is_file()}
 
-def _one_hash(files:dict[str, str])->str: return files[""] if "" in files else _digest(files)
+def _one_hash(files:dict[str, str])->str: return files[""] if "" in files else digest_of(files)
 
-def _digest(value:object)->str: return hashlib.sha256(json.dumps(value, sort_keys=True, ensure_ascii=False).encode("utf-8")).hexdigest()
+def digest_of(
+    value:object, # JSON can hold it
+)->str: # 64 hexadecimal digits
+    "The SHA-256 of a value, whatever the order of its keys."
+    return hashlib.sha256(json.dumps(value, sort_keys=True, ensure_ascii=False).encode("utf-8")).hexdigest()
 
 # %% ../nbs/11d_refresh.ipynb #11d032
 @dataclass(frozen=True)
@@ -245,7 +249,7 @@ class Node:
 def _sealed(node:Node, nodes:Mapping[str, Node])->str:
     "What the seal of a node must be."
     own = {k:v for k,v in asdict(node).items() if k != "seal"} | dict(parents=[[p, nodes[p].seal] for p in node.parents])
-    return _digest(own)
+    return digest_of(own)
 
 # %% ../nbs/11d_refresh.ipynb #11d033
 class Lineage:

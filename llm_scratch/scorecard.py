@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['STEPS', 'timed_step', 'Cost', 'cost_of', 'clock', 'Told', 'tell_objectives', 'tell_architecture', 'tell_data',
            'tell_tokens', 'tell_infrastructure', 'tell_pretraining', 'tell_evaluation', 'tell_finetuning',
-           'tell_safety', 'tell_deployment', 'tell_improvement', 'folder_verdicts', 'next_steps', 'card_html',
-           'card_markdown', 'save_scorecard']
+           'tell_safety', 'tell_deployment', 'tell_improvement', 'tell_steps', 'folder_verdicts', 'next_steps',
+           'card_html', 'card_markdown', 'save_scorecard']
 
 # %% ../nbs/11g_scorecard.ipynb #11g004
 import json
@@ -16,6 +16,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from html import escape
 from pathlib import Path
 from typing import NamedTuple
@@ -23,12 +24,13 @@ from typing import NamedTuple
 import numpy as np
 
 from .audit import POWERS, audit_rows, audit_verdicts, energy_between, energy_of, read_audit, read_energy
-from .core import atomic_path, read_json, read_json_lines, write_json_lines
+from .core import atomic_path, json_lines_so_far, read_json, write_json_lines
 from .costs import POWER_PRICE
 from .data import load_documents
+from .improvement import Turn, next_turn, read_turn
 from .monitoring import read_rows
-from .objectives import Brief, Verdict, check_gates, gate_rows, load_brief
-from .report import html_page, html_table, speed_gates, svg_of
+from .objectives import Verdict, check_gates, gate_rows, load_brief
+from .report import html_page, html_table, plot_axes, speed_gates, svg_of
 from .tokenization import Shards
 
 # %% ../nbs/11g_scorecard.ipynb #11g011
@@ -46,7 +48,7 @@ def timed_step(
         whole = True
     finally:
         row = dict(step=name, seconds=round(time.perf_counter()-start, 2), cpu_seconds=round(_cpu()-cpu, 2), kwh=energy_between(before, read_energy()), whole=whole)
-        write_json_lines(path, [*(read_json_lines(path) if path.is_file() else []), row])
+        write_json_lines(path, [*json_lines_so_far(path), row])
 
 # %% ../nbs/11g_scorecard.ipynb #11g014
 class Cost(NamedTuple):
@@ -80,10 +82,7 @@ class Told(NamedTuple):
     files:tuple[str, ...]=() # worth opening, relative to the run's folder
 
 def _plot(xlabel:str="", ylabel:str="", **more)->tuple["matplotlib.figure.Figure", "matplotlib.axes.Axes"]:
-    from matplotlib.figure import Figure
-    fig = Figure(figsize=(3.6, 1.9), layout="constrained")
-    ax = fig.subplots()
-    ax.set(xlabel=xlabel, ylabel=ylabel, **more)
+    fig,ax = plot_axes(3.6, 1.9, xlabel=xlabel, ylabel=ylabel, **more)
     ax.spines[["top", "right"]].set_visible(False)
     return fig,ax
 
@@ -97,7 +96,6 @@ def _bars(named:Mapping[str, tuple[float, float]], xlabel:str)->"matplotlib.figu
     if min(v for v,_ in named.values()) >= 0: ax.set_xlim(left=0)
     return fig
 
-def _lines(path:Path)->list[dict]: return read_json_lines(path) if path.is_file() else []
 def _bar(row:Mapping)->tuple[float, float]: return row["mean"],row["stderr"]
 def _there(folder:Path, *names:str)->tuple[str, ...]: return tuple(n for n in names if (folder/n).exists())
 
@@ -154,12 +152,14 @@ def tell_tokens(
     ax.plot(np.arange(1, len(often)+1)[often > 0], often[often > 0], color="#b5651d")
     return Told(f"{shards.n_tokens:,} tokens of {shards.vocab_size:,} kinds; {(often == 0).mean():.0%} of the kinds are never seen.", fig)
 
+def _log(folder:Path)->list[dict]: return read_rows(folder/"log.jsonl") if (folder/"log.jsonl").is_file() else []
+
 def tell_infrastructure(
     folder:Path, # of a run
 )->Told|None:
     "On what it computes, what was planned, and how fast it was."
     if not (folder/"machine.json").is_file(): return None
-    said,log = dict(map(tuple, read_json(folder/"machine.json")["rows"])),read_rows(folder/"log.jsonl") if (folder/"log.jsonl").is_file() else []
+    said,log = dict(map(tuple, read_json(folder/"machine.json")["rows"])),_log(folder)
     fig,found = None,""
     if log:
         speed = np.array([r["n_tokens"]/max(r["seconds"], 1e-9) for r in log])
@@ -173,8 +173,7 @@ def tell_pretraining(
     folder:Path, # of a run
 )->Told|None:
     "The loss over the updates."
-    if not (folder/"model").exists() or not (folder/"log.jsonl").is_file(): return None
-    log = read_rows(folder/"log.jsonl")
+    if not (folder/"model").exists() or not (log := _log(folder)): return None
     width = max(1, len(log)//50)
     smooth = np.convolve([r["loss"] for r in log], np.ones(width)/width, "valid")
     fig,ax = _plot("update", "nats per token")
@@ -186,7 +185,7 @@ def tell_evaluation(
     folder:Path, # of a run
 )->Told|None:
     "Bits per byte beside those of models that only count."
-    rows = _lines(folder/"results.jsonl")
+    rows = json_lines_so_far(folder/"results.jsonl")
     bits = {r["name"].removeprefix("bits per byte, "):_bar(r) for r in rows if r["name"].startswith("bits per byte, ")}
     if not bits: return None
     own = next(iter(bits))
@@ -197,9 +196,8 @@ def tell_finetuning(
     folder:Path, # of a run
 )->Told|None:
     "What tuning has changed."
-    tasks = [p for p in sorted((folder/"tuned").glob("*.jsonl")) if (folder/"tuned").is_dir()]
-    if not tasks: return None
-    rows = {r["name"]:r for r in read_json_lines(tasks[0])}
+    if not (tasks := sorted((folder/"tuned").glob("*.jsonl"))): return None
+    rows = {r["name"]:r for r in json_lines_so_far(tasks[0])}
     pairs = {n.removesuffix(", after"):(rows[n.removesuffix("after")+"before"], r) for n,r in rows.items() if n.endswith(", after") and n.removesuffix("after")+"before" in rows}
     forms = {n:p for n,p in pairs.items() if n.startswith("form")} or pairs
     named = {n:_bar(r) for n,r in rows.items() if n.startswith("clauses named rightly")}
@@ -229,24 +227,29 @@ def tell_deployment(
     return Told(f"ONNX in {len(kinds)} kinds, each compared with the model. Nats per position apart: {far}.", _bars({k:(x["bytes"]/1e6, 0) for k,x in kinds.items()}, "MB"), _there(folder, "bundle/bundle.json"))
 
 # %% ../nbs/11g_scorecard.ipynb #11g031
-def _ended(turn:Mapping)->str: return "promoted" if turn["promoted"] else "refused"
-def _turns(folder:Path)->list[dict]: return [read_json(p) for p in sorted((folder/"improve"/"turns").glob("*/turn.json"))] # finished ones
+def _ended(turn:Turn)->str: return "promoted" if turn.promoted else "refused"
+def _turns(folder:Path)->list[Turn]: return [read_turn(folder, n) for n in range(next_turn(folder))] # finished ones
 
 def tell_improvement(
     folder:Path, # of a run
 )->Told|None:
     "How many users were satisfied before the loop and after each turn."
     if not (turns := _turns(folder)): return None
-    states = [turns[0]["before"]["all"], *(t["after"]["all"] for t in turns)]
+    states = [turns[0].before["all"], *(t.after["all"] for t in turns)]
     mean,low,high = (np.array([x[k] for x in states]) for k in ("mean", "low", "high"))
     fig,ax = _plot("turns", "share satisfied", ylim=(0, 1))
     ax.errorbar(range(len(states)), mean, [mean-low, high-mean], marker="o", color="#b5651d", capsize=3)
     ax.set_xticks(range(len(states)))
-    pages = (f"improve/turns/{p.parent.name}/turn.html" for p in sorted((folder/"improve"/"turns").glob("*/turn.json")))
-    return Told(f"{len(turns)} turn{'s'[:len(turns) > 1]} with simulated users: {mean[0]:.2f} → {mean[-1]:.2f} of them are satisfied; the last candidate was {_ended(turns[-1])}.", fig, _there(folder, *pages))
+    return Told(f"{len(turns)} turn{'s'[:len(turns) > 1]} with simulated users: {mean[0]:.2f} → {mean[-1]:.2f} of them are satisfied; the last candidate was {_ended(turns[-1])}.", fig, _there(folder, *(str((t.folder/"turn.html").relative_to(folder)) for t in turns)))
 
 STEPS:dict[str, tuple[str, Callable[[Path], Told|None]]] = dict(plan=("Objectives", tell_objectives), design=("Architecture", tell_architecture), data=("Data", tell_data), tokenize=("Tokens", tell_tokens), prepare=("Infrastructure", tell_infrastructure),
     pretrain=("Pretraining", tell_pretraining), evaluate=("Evaluation", tell_evaluation), finetune=("Fine-tuning", tell_finetuning), audit=("Safety", tell_safety), export=("Deployment", tell_deployment), improve=("The loop", tell_improvement)) # verb to the step's name and what tells of it
+
+def tell_steps(
+    folder:Path, # of a run
+)->dict[str, Told|None]: # by verb; None: not yet
+    "What every step says of itself."
+    return {verb:tell(folder) for verb,(_, tell) in STEPS.items()}
 
 # %% ../nbs/11g_scorecard.ipynb #11g041
 def folder_verdicts(
@@ -254,11 +257,10 @@ def folder_verdicts(
 )->list[Verdict]: # one for each gate of its brief, and how long its users wait; none without a brief
     "Which promises were kept, over all steps."
     if not (folder/"brief.json").is_file(): return []
-    brief,measured = load_brief(folder/"brief.json"),_lines(folder/"results.jsonl")
+    brief,measured = load_brief(folder/"brief.json"),json_lines_so_far(folder/"results.jsonl")
     timed = [g for g in speed_gates(brief) if g.metric not in {own.metric for own in brief.gates}]
-    tuned = [r for p in sorted((folder/"tuned").glob("*.jsonl")) for r in read_json_lines(p)] if (folder/"tuned").is_dir() else []
-    with_time = Brief(**{f:getattr(brief, f) for f in brief.__dataclass_fields__} | dict(gates=(*brief.gates, *timed)))
-    return [*check_gates(with_time, [*measured, *_lines(folder/"speed.jsonl")], "evaluate"), *check_gates(brief, tuned, "finetune"), *(audit_verdicts(brief, read_audit(folder/"audit")[1]) if (folder/"audit"/"sections.jsonl").is_file() else check_gates(brief, [], "audit"))]
+    tuned = [r for p in sorted((folder/"tuned").glob("*.jsonl")) for r in json_lines_so_far(p)]
+    return [*check_gates(replace(brief, gates=(*brief.gates, *timed)), [*measured, *json_lines_so_far(folder/"speed.jsonl")], "evaluate"), *check_gates(brief, tuned, "finetune"), *(audit_verdicts(brief, read_audit(folder/"audit")[1]) if (folder/"audit"/"sections.jsonl").is_file() else check_gates(brief, [], "audit"))]
 
 # %% ../nbs/11g_scorecard.ipynb #11g044
 def _broken(folder:Path)->Iterator[str]:
@@ -268,12 +270,12 @@ def _broken(folder:Path)->Iterator[str]:
         if v.outcome == "not enough examples": yield f"A promise was not shown to hold: {gate}; found {found}. More examples would tell (chapter 07a)."
 
 def _reading(folder:Path)->Iterator[str]:
-    if not (folder/"log.jsonl").is_file() or not (weights := folder/"model"/"model.safetensors").is_file(): return
-    each = sum(r["n_tokens"] for r in read_rows(folder/"log.jsonl"))/(weights.stat().st_size/4)
+    if not (log := _log(folder)) or not (weights := folder/"model"/"model.safetensors").is_file(): return
+    each = sum(r["n_tokens"] for r in log)/(weights.stat().st_size/4)
     if each < 20: yield f"The model has read {each:.2g} tokens for each weight; about 20 is the cheapest way to a loss (chapters 01a, 06e): more text or more updates before more depth."
 
 def _facts(folder:Path)->Iterator[str]:
-    rows = {r["name"]:r for r in _lines(folder/"tuned"/"chat.jsonl")}
+    rows = {r["name"]:r for r in json_lines_so_far(folder/"tuned"/"chat.jsonl")}
     fact,luck = (rows.get(f"words {of} in answers, fact, after") for of in ("of the source", "by luck"))
     if fact and luck and fact["mean"]-luck["mean"] < 2*math.hypot(fact["stderr"], luck["stderr"]): yield "As an assistant it knows no facts: its answers share no more words with the truth than by luck. A pretrained base knows some (import-gguf, chapter 08g)."
 
@@ -287,10 +289,11 @@ def _again(folder:Path)->Iterator[str]:
 
 def next_steps(
     folder:Path, # of a run
+    told:Mapping[str, Told|None], # of `tell_steps`
 )->list[str]: # sentences, the most urgent first
     "What the figures of a run suggest."
-    not_done = (f"The step {verb} is not done: llm-scratch run goes on with it." for verb,(_, tell) in STEPS.items() if tell(folder) is None)
-    return [line for rule in (_broken, _reading, _facts, _smaller, _again) for line in rule(folder)] + list(not_done)[:1]
+    open_ = [f"The step {verb} is not done: llm-scratch run goes on with it." for verb,t in told.items() if t is None]
+    return [line for rule in (_broken, _reading, _facts, _smaller, _again) for line in rule(folder)] + open_[:1]
 
 # %% ../nbs/11g_scorecard.ipynb #11g051
 _CARD = "<style>.step { display: flex; flex-wrap: wrap; gap: .2rem 1.5rem; border-top: 1px solid #8886; padding: .7rem 0; } .step > div { flex: 3 1 18rem; min-width: 0; } .step > figure { flex: 2 1 14rem; margin: 0; } .step h3 { margin: 0; } .step p { margin: .3rem 0; } .open { opacity: .6; }</style>"
@@ -307,34 +310,35 @@ def _section(n:int, name:str, verb:str, told:Told|None, took:list[dict])->str: #
 
 _PROMISED,_FIGURES = ("promised", "found", "verdict"),("figure", "value ± standard error", "n", "goal")
 def _wished(folder:Path)->list[tuple[str, ...]]: # of the evaluation, what has a goal; its report has all
-    return [(r["name"], f"{r['mean']:.3f} ± {r['stderr']:.3f}", f"{r['n']:,}", r["goal"]) for r in _lines(folder/"results.jsonl") if r["goal"] or r["name"].startswith("bits per byte")]
+    return [(r["name"], f"{r['mean']:.3f} ± {r['stderr']:.3f}", f"{r['n']:,}", r["goal"]) for r in json_lines_so_far(folder/"results.jsonl") if r["goal"] or r["name"].startswith("bits per byte")]
 def _listed(lines:Sequence[str])->str: return f"<ul>{''.join(f'<li>{escape(x)}</li>' for x in lines)}</ul>"
 
 def card_html(
     folder:Path, # of a run
+    told:Mapping[str, Told|None], # of `tell_steps`
     samples:int=3, # texts of the model that are shown
 )->str: # a page that needs nothing else
     "The scorecard of whatever a folder holds."
-    rows,kept = _lines(folder/"steps.jsonl"),gate_rows(folder_verdicts(folder))
-    steps = "".join(_section(n if verb != "improve" else 0, name, verb, tell(folder), [r for r in rows if r["step"] == verb]) for n,(verb, (name, tell)) in enumerate(STEPS.items(), 1))
+    rows,kept = json_lines_so_far(folder/"steps.jsonl"),gate_rows(folder_verdicts(folder))
+    steps = "".join(_section(n if verb != "improve" else 0, name, verb, told[verb], [r for r in rows if r["step"] == verb]) for n,(verb, (name, _)) in enumerate(STEPS.items(), 1))
     c = cost_of(rows)
     cost = f"<p>{_cost_words(c)}; the energy for {c.dollars[0]:.2g} to {c.dollars[1]:.2g} dollars, at {POWER_PRICE[0]} to {POWER_PRICE[1]} for a kilowatt-hour. Estimated, but for what the processor has counted.</p>" if rows else ""
     said = read_json(folder/"samples.json")[:samples] if (folder/"samples.json").is_file() else []
     texts = "".join(f"<pre>{escape(s['text'].strip())}</pre><small>shares {s['nearest']:.0%} of its runs of five words with the nearest training document</small>" for s in said)
     return html_page(f"Scorecard: {folder.name}", _CARD, f"<h1>Scorecard: {escape(folder.name)}</h1>{cost}", f"<h2>What was promised</h2>{html_table(_PROMISED, kept)}" if kept else "",
-                     f"<h2>Step by step</h2>{steps}", f"<h2>What to try next</h2>{_listed(next_steps(folder))}", f"<h2>How good</h2>{html_table(_FIGURES, wished)}" if (wished := _wished(folder)) else "", f"<h2>What it writes</h2>{texts}" if texts else "")
+                     f"<h2>Step by step</h2>{steps}", f"<h2>What to try next</h2>{_listed(next_steps(folder, told))}", f"<h2>How good</h2>{html_table(_FIGURES, wished)}" if (wished := _wished(folder)) else "", f"<h2>What it writes</h2>{texts}" if texts else "")
 
 # %% ../nbs/11g_scorecard.ipynb #11g052
 def card_markdown(
     folder:Path, # of a run
+    told:Mapping[str, Told|None], # of `tell_steps`
 )->str: # Markdown
     "The same without pictures, to paste into an issue."
-    rows,kept = _lines(folder/"steps.jsonl"),gate_rows(folder_verdicts(folder))
-    told = [(name, tell(folder), [r for r in rows if r["step"] == verb]) for verb,(name, tell) in STEPS.items()]
-    lines = [f"# Scorecard: {folder.name}", "", "| step | found | took |", "|---|---|---|", *(f"| {name} | {t.says if t else 'not yet'} | {clock(cost_of(r).seconds) if r else ''} |" for name,t,r in told), ""]
+    rows,kept = json_lines_so_far(folder/"steps.jsonl"),gate_rows(folder_verdicts(folder))
+    lines = [f"# Scorecard: {folder.name}", "", "| step | found | took |", "|---|---|---|", *(f"| {name} | {told[verb].says if told[verb] else 'not yet'} | {clock(cost_of(took).seconds) if (took := [r for r in rows if r['step'] == verb]) else ''} |" for verb,(name, _) in STEPS.items()), ""]
     if kept: lines += [f"| {' | '.join(_PROMISED)} |", "|---|---|---|", *(f"| {' | '.join(row)} |" for row in kept), ""]
     if wished := _wished(folder): lines += [f"| {' | '.join(_FIGURES)} |", "|---|---|---|---|", *(f"| {' | '.join(row)} |" for row in wished), ""]
-    lines += ["Next:", "", *(f"- {x}" for x in next_steps(folder)), ""]
+    lines += ["Next:", "", *(f"- {x}" for x in next_steps(folder, told)), ""]
     for s in (read_json(folder/"samples.json")[:3] if (folder/"samples.json").is_file() else []): lines += ["```", s["text"].strip(), "```", ""]
     return "\n".join(lines)
 
@@ -343,6 +347,7 @@ def save_scorecard(
 )->Path: # `scorecard.html`; `scorecard.md` is beside it
     "Draw the card of a run as it is now."
     folder = Path(folder)
-    for name,text in (("scorecard.md", card_markdown(folder)), ("scorecard.html", card_html(folder))):
+    told = tell_steps(folder)
+    for name,text in (("scorecard.md", card_markdown(folder, told)), ("scorecard.html", card_html(folder, told))):
         with atomic_path(folder/name) as new: new.write_text(text, encoding="utf-8")
     return folder/"scorecard.html" 

@@ -27,6 +27,7 @@ from pathlib import Path
 from shutil import copytree
 from typing import NamedTuple
 
+from packaging.utils import canonicalize_name
 from packaging.version import InvalidVersion, Version
 
 from .core import UserError, atomic_path, check_seal, read_json, sha256_file, write_json
@@ -51,8 +52,6 @@ def is_reached(
     return inside
 
 # %% ../nbs/11f_security.ipynb #11f013
-def _plain_name(name:str)->str: return re.sub("[-_.]+", "-", name).lower() # as PEP 503 has it
-
 @dataclass(frozen=True)
 class Advisory:
     "A known hole of one package."
@@ -83,7 +82,7 @@ def _from_osv(saved:Mapping, where:str)->Iterator[Advisory]:
             events = tuple((kind, v) for r in part.get("ranges", ()) if r["type"] != "GIT" for e in r["events"] for kind,v in e.items())
             for kind,v in events:
                 if kind not in ("introduced", "fixed", "last_affected", "limit") or not _version(v): raise UserError(f"{where}, {saved['id']}: {kind} {v!r} is no event with a version: fetch the file again")
-            yield Advisory(saved["id"], _plain_name(part["package"]["name"]), tuple(e for e in events if e[0] != "limit"), tuple(part.get("versions", ())), tuple(saved.get("aliases", ())), saved.get("summary", ""), saved["modified"][:10])
+            yield Advisory(saved["id"], canonicalize_name(part["package"]["name"]), tuple(e for e in events if e[0] != "limit"), tuple(part.get("versions", ())), tuple(saved.get("aliases", ())), saved.get("summary", ""), saved["modified"][:10])
     except (KeyError, TypeError, AttributeError) as e: raise UserError(f"{where} is not in the form of OSV ({type(e).__name__}: {e}): give a record, a folder, or all.zip of osv.dev") from None
 
 class Advisories(NamedTuple):
@@ -130,7 +129,7 @@ class SecurityRow(NamedTuple):
 
 def installed_packages()->dict[str, str]: # name, as PEP 503 writes it, to version
     "What is installed for this Python: what runs, not what was wished for."
-    return {_plain_name(d.metadata["Name"]):d.version for d in distributions() if d.metadata["Name"]}
+    return {canonicalize_name(d.metadata["Name"]):d.version for d in distributions() if d.metadata["Name"]}
 
 def _age_row(known:Advisories, today:date, max_age:int)->SecurityRow:
     age = known.age(today)
@@ -152,10 +151,10 @@ def audit_dependencies(
     rows,by_package = [_age_row(advisories, today, max_age)],{}
     for a in advisories.items: by_package.setdefault(a.package, []).append(a)
     for name,version in sorted(packages.items()):
-        if not (some := by_package.get(_plain_name(name))): continue
+        if not (some := by_package.get(canonicalize_name(name))): continue
         if _version(version) is None: rows.append(SecurityRow("packages", f"{name} {version}", "unknown", "this version is not one of PEP 440: look by hand"))
         else: rows += [SecurityRow("packages", f"{name} {version}", "found", f"{a.id}{''.join(f', {x}' for x in a.aliases[:1])}: {a.summary or 'no summary'}; mended in {' and '.join(a.fixed) or 'no version yet'}") for a in some if a.hits(version)]
-    named = sum(_plain_name(n) in by_package for n in packages)
+    named = sum(canonicalize_name(n) in by_package for n in packages)
     if not any(r.state == "found" for r in rows): rows.append(SecurityRow("packages", f"{len(packages)} packages", "fine", f"the list names {named} of them, and none has a hole that it knows"))
     return rows
 

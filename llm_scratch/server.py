@@ -905,6 +905,8 @@ async def _rate(state:_State, body:object)->None: # or `ApiError`
         if found is not False: return
     raise ApiError(404, f"there is no answer {ascii(body.id)} here", "unknown_answer", "id")
 
+
+# %% ../nbs/10c_server.ipynb #10c108a
 def _answer_routes(app:"fastapi.FastAPI", state:_State)->None:
     "The two routes that ask the model, and the one that hears what people think of it."
     from starlette.requests import Request

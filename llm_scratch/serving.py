@@ -896,6 +896,8 @@ class TokenMasks:
             self.kept[todo] = mask
         return mask
 
+
+# %% ../nbs/10b_serving.ipynb #10b081c
 class TextForm(NamedTuple):
     "What a text must be; for `TextJob`."
     masks:TokenMasks # of the tokenizer

@@ -3,12 +3,13 @@ import threading
 import time
 from collections.abc import Callable
 
+import pytest
 import torch
 from models import filled
 
 from llm_scratch.architecture import Decoder, ModelConfig
 from llm_scratch.assistant import CHAT_TEMPLATE
-from llm_scratch.server import Served
+from llm_scratch.server import Served, background_server, make_app
 from llm_scratch.serving import BatchEngine, Busy, TextJob, TextPiece, Ticket
 from llm_scratch.tokenization import Tokenizer, train_bpe
 
@@ -29,6 +30,18 @@ def tiny_model(tok:Tokenizer, seed:int=0, context_len:int=256)->Decoder:
 def tiny_served(*, chat:bool=True, seed:int=0, context_len:int=256, name:str="tiny", guard=None, **engine)->Served:
     tok = tiny_tokenizer()
     return Served(BatchEngine(tiny_model(tok, seed, context_len), **engine), tok, CHAT_TEMPLATE if chat else None, name, context_len, guard)
+
+
+@pytest.fixture(scope="module")
+def tiny():
+    served = tiny_served(n_slots=4)
+    yield served
+    served.engine.close(drain=False)
+
+
+@pytest.fixture(scope="module")
+def url(tiny):
+    with background_server(make_app(tiny)) as where: yield where
 
 
 class Scripted:

@@ -12,7 +12,7 @@ import typer.testing
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from models import filled
-from served import scripted_served, tiny_model, tiny_served, tiny_tokenizer
+from served import scripted_served, tiny_model, tiny_served, tiny_tokenizer, tiny, url # noqa: F401
 
 from llm_scratch import pipeline, serving
 from llm_scratch.architecture import Attention, Block, Decoder, ModelConfig
@@ -162,18 +162,6 @@ def test_deep_schemas():
 
 
 # by the wire
-
-@pytest.fixture(scope="module")
-def tiny():
-    served = tiny_served(n_slots=4)
-    yield served
-    served.engine.close(drain=False)
-
-
-@pytest.fixture(scope="module")
-def url(tiny):
-    with background_server(make_app(tiny)) as where: yield where
-
 
 def post(url, route="chat/completions", **body):
     with httpx.Client(timeout=30) as c: return c.post(f"{url}/v1/{route}", json=(dict(messages=HI) if "chat" in route else {}) | body)

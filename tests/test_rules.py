@@ -97,7 +97,7 @@ MAY_IMPORT = {
     "load": {"core", "comparison", "evaluation", "report"},  # within functions, which bring torch: a load generator starts at once
     "feedback": {"core", "evaluation", "privacy"},  # what users say is kept without personal data
     "speed": {"core", "architecture", "compiled", "evaluation", "generation"},  # evaluation: Student's interval
-    "scorecard": {"core", "audit", "costs", "data", "monitoring", "objectives", "report", "tokenization"},  # it reads what every step leaves
+    "scorecard": {"core", "audit", "costs", "data", "improvement", "monitoring", "objectives", "report", "tokenization"},  # it reads what every step leaves
     "journey": {"core", "architecture", "choosing", "infrastructure", "objectives", "planning", "scorecard"},
     "behaviour": {"core", "evaluation", "feedback", "report"},
     "refresh": {"core", "architecture", "backward", "checkpointing", "cleaning", "data", "duplicates", "evaluation", "lora", "pretraining", "privacy", "sources"},  # a second round through chapters 3 to 6; lora: the hash of a base

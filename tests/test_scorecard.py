@@ -20,7 +20,7 @@ from llm_scratch.objectives import LEGAL_BRIEF, RECIPES_BRIEF, save_brief
 from llm_scratch.pipeline import app, cpu, gpu, open_run, preset_plan, start_run, tuned_for
 from llm_scratch.planning import CHIPS
 from llm_scratch.report import report_row
-from llm_scratch.scorecard import STEPS, cost_of, folder_verdicts, next_steps, save_scorecard
+from llm_scratch.scorecard import STEPS, cost_of, folder_verdicts, next_steps, save_scorecard, tell_steps
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -90,7 +90,7 @@ def test_what_a_step_says_is_escaped(copy):
 
 # --- promises and advice -----------------------------------------------------------------------------------------------
 
-def figures(folder:Path, **named:float)->None: write_json_lines(folder/"results.jsonl", [report_row(n.replace("_", " "), Result(x, .001, 1000)) for n, x in named.items()])
+def advice(folder:Path)->list[str]: return next_steps(folder, tell_steps(folder))
 
 
 def test_gates_of_every_step_are_judged_where_its_figures_are(tmp_path):
@@ -101,18 +101,18 @@ def test_gates_of_every_step_are_judged_where_its_figures_are(tmp_path):
     (tmp_path/"tuned").mkdir()
     write_json_lines(tmp_path/"tuned"/"clauses.jsonl", [report_row("clauses named rightly", Result(.5, .01, 100), step="finetune")])
     assert (outcome()["bits per byte, licences"], outcome()["clauses named rightly"], outcome()["accuracy, worst group"]) == ("pass", "fail", "not measured")
-    assert next_steps(tmp_path)[0].startswith("A promise was broken: clauses named rightly")
+    assert advice(tmp_path)[0].startswith("A promise was broken: clauses named rightly")
 
 
 def test_advice_needs_its_reason(copy):
-    said = " ".join(next_steps(copy))
+    said = " ".join(advice(copy))
     assert "tokens for each weight" in said and "Another turn of the loop" in said and "knows no facts" not in said
     write_json_lines(copy/"log.jsonl", [dict(step=1, loss=1., lr=1., grad_norm=1., n_tokens=10**9, seconds=1.)])
-    assert "tokens for each weight" not in " ".join(next_steps(copy))
+    assert "tokens for each weight" not in " ".join(advice(copy))
     (copy/"tuned").mkdir(exist_ok=True)
     for fact, expected in ((.05, True), (.5, False)):
         write_json_lines(copy/"tuned"/"chat.jsonl", [report_row(f"words {of} in answers, fact, after", Result(x, .02, 40), step="finetune") for of, x in (("of the source", fact), ("by luck", .045))])
-        assert ("knows no facts" in " ".join(next_steps(copy))) == expected
+        assert ("knows no facts" in " ".join(advice(copy))) == expected
 
 
 def test_money_follows_the_energy_and_counted_energy_stands_beside():

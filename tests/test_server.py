@@ -21,7 +21,7 @@ import typer
 import typer.testing
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from served import Scripted, scripted_served, tiny_model, tiny_served, tiny_tokenizer
+from served import Scripted, scripted_served, tiny_model, tiny_served, tiny_tokenizer, tiny, url # noqa: F401
 
 from llm_scratch.architecture import n_params
 from llm_scratch.assistant import CHAT_TEMPLATE, encode_chat, save_assistant
@@ -55,18 +55,6 @@ def until(true, seconds=10.):
     while not true():
         assert time.monotonic() < end, "it did not become true"
         time.sleep(.005)
-
-
-@pytest.fixture(scope="module")
-def tiny():
-    served = tiny_served(n_slots=4)
-    yield served
-    served.engine.close(drain=False)
-
-
-@pytest.fixture(scope="module")
-def url(tiny):
-    with background_server(make_app(tiny)) as where: yield where
 
 
 # --- text that is whole ---------------------------------------------------------------------------------------------
