@@ -39,7 +39,7 @@ from .generation import generate
 from .interchange import copy_tokenizer
 from .promotion import CanaryAlarm, CanaryEngine, GateRule, Measured, decide
 from .pretraining import Batches, TrainState, make_optimizers, train, wsd
-from .refresh import Lineage, Refreshed, ReplayBatches, continue_training, digest_of, lineage_figure, refresh_documents
+from .refresh import Lineage, Refreshed, ReplayBatches, continue_training, lineage_figure, refresh_documents, value_digest
 from .report import html_page, html_table, plot_axes, svg_of
 from .serving import BatchEngine, TextJob, fast_slots
 from .tokenization import Shards, Tokenizer, load_tokenizer, save_tokenizer, train_bpe, write_shards
@@ -336,7 +336,7 @@ def measure_version(
     path:Path, # where it is kept
 )->dict: # JSON: `ids`, `topics`, `satisfied`, `bits`, `bytes`, a value for each wish held out
     "Satisfied or not, and bits for each text that was wanted; measured once for each version."
-    key = dict(weights=sha256_file(version.folder/"model.safetensors"), wishes=digest_of(users.held_out), max_new_tokens=plan.max_new_tokens)
+    key = dict(weights=sha256_file(version.folder/"model.safetensors"), wishes=value_digest(users.held_out), max_new_tokens=plan.max_new_tokens)
     if path.exists() and (kept := read_json(path))["key"] == key: return kept
     model,tok = _opened(version)
     wishes = users.held_out
@@ -607,7 +607,7 @@ def _note_times(path:Path, part:str, wall:float, cpu:float)->None: # seconds
 
 def _begin(work:Work)->None:
     "Note what decides the turn; `UserError` when a turn that was broken off had other users, texts or plans."
-    told = json.loads(json.dumps(dict(plan=asdict(work.plan), users=digest_of(asdict(work.users)), library=digest_of([d.id for d in work.library]))))
+    told = json.loads(json.dumps(dict(plan=asdict(work.plan), users=value_digest(asdict(work.users)), library=value_digest([d.id for d in work.library]))))
     path = work.folder/"begun.json"
     if path.exists() and (wrong := [k for k,x in told.items() if read_json(path).get(k) != x]): raise UserError(f"{work.folder} was begun with {' and '.join(wrong)} of another kind: give the same, or delete the folder")
     if not path.exists(): write_json(path, told)

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['copies_of', 'Refreshed', 'refresh_documents', 'windows_before', 'ReplayBatches', 'recall_means', 'continue_training',
-           'domain_bits', 'file_hashes', 'digest_of', 'Node', 'Lineage', 'check_lineage', 'lineage_figure']
+           'domain_bits', 'file_hashes', 'value_digest', 'Node', 'Lineage', 'check_lineage', 'lineage_figure']
 
 # %% ../nbs/11d_refresh.ipynb #11d004
 import hashlib
@@ -225,9 +225,9 @@ def file_hashes(
     if not path.is_dir(): raise UserError(f"{path} is missing: there is nothing to take a checksum of")
     return {str(p.relative_to(path).as_posix()):sha256_file(p) for p in sorted(path.rglob("*")) if p.is_file()}
 
-def _one_hash(files:dict[str, str])->str: return files[""] if "" in files else digest_of(files)
+def _one_hash(files:dict[str, str])->str: return files[""] if "" in files else value_digest(files)
 
-def digest_of(
+def value_digest(
     value:object, # JSON can hold it
 )->str: # 64 hexadecimal digits
     "The SHA-256 of a value, whatever the order of its keys."
@@ -249,7 +249,7 @@ class Node:
 def _sealed(node:Node, nodes:Mapping[str, Node])->str:
     "What the seal of a node must be."
     own = {k:v for k,v in asdict(node).items() if k != "seal"} | dict(parents=[[p, nodes[p].seal] for p in node.parents])
-    return digest_of(own)
+    return value_digest(own)
 
 # %% ../nbs/11d_refresh.ipynb #11d033
 class Lineage:
