@@ -43,9 +43,9 @@ $(VENV)/bin/python:
 	$(BIN)/python -m pip install -q --disable-pip-version-check --upgrade pip
 
 $(VENV)/.library: $(VENV)/bin/python settings.ini setup.py pyproject.toml constraints.txt
-	$(PIP) -e .
+	$(PIP) -e '.[run]'
 	@touch $@
 
 $(VENV)/.development: $(VENV)/bin/python settings.ini setup.py pyproject.toml constraints.txt
-	$(PIP) -e '.[dev,docs,data,distributed,evaluation,finetuning,safety,monitor,megatron,interchange,fast,deploy,serve]'
+	$(PIP) -e '.[run,dev,docs,data,distributed,evaluation,finetuning,safety,monitor,megatron,interchange,fast,deploy,serve]'
 	@touch $@ $(VENV)/.library

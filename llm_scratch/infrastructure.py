@@ -544,7 +544,7 @@ def hardware_findings(
     return found
 
 # %% ../nbs/05_infrastructure.ipynb #if05ins1
-EXTRAS = dict(data="web pages cleaned, duplicates found (03a-03f)", distributed="DeepSpeed as an engine: ZeRO, offloading (05d)", monitor="TensorBoard, Weights & Biases, Prometheus, hardware samples (05f)",
+EXTRAS = dict(run="every step of `llm-scratch run`: audited, exported, quick to write (12)", data="web pages cleaned, duplicates found (03a-03f)", distributed="DeepSpeed as an engine: ZeRO, offloading (05d)", monitor="TensorBoard, Weights & Biases, Prometheus, hardware samples (05f)",
               megatron="weights and data to and from Megatron-Core (05g)", interchange="models to and from transformers and GGUF (02c, 02d)", fast="compiled writing and tokenizers (02h, 04e)",
               evaluation="BLEU, ROUGE, chrF, lm-evaluation-harness (07d, 07e)", finetuning="legal clauses judged (08e, 08j); peft and trl, to compare with (08a, 08c, 08h)", safety="Fairlearn's measures, inspect-ai's harness, endpoints asked (09-09c)", deploy="models as ONNX, and its runtimes (10, 10a)", serve="a server for many clients (10b, 10c)", docs="this book as a site", dev="the tests") # what each extra of the library gives
 PROGRAMS = {"ssh":"start ranks on other hosts (05e)", "pdsh":"DeepSpeed's launcher for a list of hosts (05e)", "srun":"ranks under Slurm (05e)", "kubectl":"ranks under Kubernetes (05e)", "nvidia-smi":"the GPU driver's own view",

@@ -122,7 +122,7 @@ def planned_steps(
     ids,text = plan.n_tokens*(2 if cfg.vocab_size <= 2**16 else 4),plan.n_tokens*4.2
     money = lambda hours, chips=1: f"{_time(hours)}" + (f", {hours*chips*chip.dollars:,.3g} dollars" if chip.dollars else "")
     at,later = f"--run {folder}",{k:step_hours(w, plan) for k,w in LATER.items()}
-    return [("plan", f"llm-scratch run {at} --preset {preset}{options} --until prepare", "brief.json, decision.md, design.json: some kB", "seconds"),
+    return [("plan", f"llm-scratch run {at} --preset {preset}{options} --until design", "brief.json, decision.md, design.json: some kB", "seconds"),
         ("design", "the same command", "design.json", "nothing"),
         ("data", f"llm-scratch data {at} --preset {preset}{options}", f"documents/: at most {_mass(text)} of text", "a download, and some core-hours per 10 GB"),
         ("tokenize", f"llm-scratch tokenize {at}", f"tokenizer/, tokens/: at most {_mass(ids)}", "core-hours, with the text"),

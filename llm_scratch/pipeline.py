@@ -53,7 +53,7 @@ from .classification import label_choice, label_task
 from .clauses import CORE_14, family_of, frozen_split, is_test, keyword_rules, majority, tfidf_svm
 from .cleaning import basic_stages, full_stages, listed_words, quality_texts, train_quality
 from .comparison import leaderboard_text
-from .core import UserError, atomic_path, read_json, read_json_lines, write_json, write_json_lines
+from .core import UserError, atomic_path, optional_package, read_json, read_json_lines, write_json, write_json_lines
 from .curation import curate, curation_notes, read_curated
 from .data import SOURCES, Document, load_corpus, load_documents, nearest, read_source, save_documents, split_corpus, tiny_corpus, to_dataset
 from .deployment import open_bundle, save_bundle, save_genai
@@ -1605,6 +1605,13 @@ def tuned_for(
     "What a model is tuned for: what its brief promises of tuning, else to answer."
     return "clauses" if brief and any(g.step == "finetune" for g in brief.gates) else "chat"
 
+def _lacks(what:str, *packages:str)->str: # empty where all are there
+    "Why a step can't be done with what is installed."
+    try:
+        for name in packages: optional_package(name, "run", what)
+    except UserError as e: return str(e)
+    return ""
+
 def _plan_leg(run:Run, named:str|None)->None: _console().print(f"plan      {write_decision(run.folder, _own_brief(run, named)).read_text(encoding='utf-8').splitlines()[0]}", soft_wrap=True)
 
 def _here_plan(p:Preset)->TrainingPlan: # for one process on this machine
@@ -1643,13 +1650,13 @@ def run_legs(
     "The walk of a run."
     promised = lambda: load_brief(run.brief) if run.brief.exists() else None
     task = lambda: tuned_for(promised())
-    silent = lambda: "" if task() == "clauses" else no_room_to_talk(run.preset)
+    unfit = lambda: _lacks("naming clauses", "sklearn") if task() == "clauses" else no_room_to_talk(run.preset)
     is_file = lambda *names: (run.folder.joinpath(*names)).is_file
     return [Leg("plan", lambda: _plan_leg(run, brief), is_file("decision.md")), Leg("design", lambda: write_design(run.folder, run.preset.config, promised()), is_file("design.json")),
             Leg("data", lambda: _documents(run, workers), run.documents.exists), Leg("tokenize", lambda: _tokens(run), lambda: all((run.tokens/s).exists() for s in ("train", "validation"))),
             Leg("prepare", lambda: write_machine(run.folder, _here_plan(run.preset)), is_file("machine.json")), Leg("pretrain", train, run.model.exists),
-            Leg("evaluate", lambda: _evaluation(run), is_file("report.html")), Leg("finetune", lambda: _tune_leg(run, task()), lambda: is_file("tuned", f"{task()}.jsonl")(), silent),
-            Leg("audit", lambda: _audit_leg(run, promised()), is_file("audit", "manifest.json"), lambda: no_room_to_talk(run.preset)), Leg("export", lambda: export_bundle(run.folder, run.folder/"bundle"), is_file("bundle", "bundle.json")),
+            Leg("evaluate", lambda: _evaluation(run), is_file("report.html")), Leg("finetune", lambda: _tune_leg(run, task()), lambda: is_file("tuned", f"{task()}.jsonl")(), unfit),
+            Leg("audit", lambda: _audit_leg(run, promised()), is_file("audit", "manifest.json"), lambda: no_room_to_talk(run.preset) or _lacks("an audit", "sklearn")), Leg("export", lambda: export_bundle(run.folder, run.folder/"bundle"), is_file("bundle", "bundle.json"), lambda: _lacks("an export", "onnx", "onnxscript", "onnxruntime")),
             Leg("improve", lambda: _improve_leg(run), is_file("improve", "turns", "000", "turn.json"))]
 
 
@@ -1664,6 +1671,12 @@ def _print_plan(p:Preset, folder:Path, chip:str|None, brief:str|None)->None:
     print("\nEvery command, what it leaves, and what it takes:\n")
     for verb,command,files,cost in told: print(f"{verb:9} {command}\n          {files}\n          {cost}")
 
+def _trainer(p:Preset)->Engine: # `UserError` where a step does not fit here
+    "Who trains in this process."
+    engine = _placed(make_engine(p.engine, precision=p.precision, zero_stage=p.zero_stage), p)
+    check_memory(p, preset_layout(p, 1), free_bytes(engine.device))
+    return engine
+
 @_verb("run")
 def _run_verb(
     run:_RunOption=None, preset:_PresetOption=None, depth:_DepthOption=None, seed:_SeedOption=None, sources:_SourcesOption=None, clean:_CleanOption=None, keep_out:_KeepOutOption=None, brief:_BriefOption=None, workers:_WorkersOption=1,
@@ -1676,10 +1689,10 @@ def _run_verb(
     rates,how = dict(lr=lr, schedule=schedule, warmup=warmup),_given(n_micro=n_micro, recompute=recompute)
     folder,wanted,_ = _wanted(run, preset, depth, sources, clean, keep_out, brief, **rates)
     if dry_run: return _print_plan(replace(wanted, **how), folder, chip, brief)
-    trained = _trained_as(wanted, **how)
-    if trained.engine != "plain" and "RANK" not in os.environ: raise UserError(f"preset {wanted.name} trains with {wanted.engine} in {wanted.nodes*wanted.per_node} processes: give `llm-scratch data`, `tokenize` and `launch` in its place, each with --run {folder}; --dry-run says what it takes")
-    engine = _placed(make_engine(trained.engine, precision=trained.precision, zero_stage=trained.zero_stage), trained)
-    check_memory(trained, preset_layout(trained, 1), free_bytes(engine.device))
+    if until and until not in STEPS: raise UserError(f"there is no step {until}: give one of {', '.join(STEPS)}")
+    trains = not (folder/"model").exists() and until not in list(STEPS)[:list(STEPS).index("pretrain")]
+    if trains and wanted.engine != "plain" and "RANK" not in os.environ: raise UserError(f"preset {wanted.name} trains with {wanted.engine} in {wanted.nodes*wanted.per_node} processes: give `llm-scratch data`, `tokenize` and `launch` in its place, each with --run {folder}; --dry-run says what it takes")
+    engine = _trainer(_trained_as(wanted, **how)) if trains else None
     r = _begin(run, preset, depth, seed, sources, clean, keep_out, brief, **rates)
     legs = run_legs(r, lambda: _training(replace(r, preset=_trained_as(r.preset, **how)), engine), brief, workers)
     walk(r.folder, legs, until, partial(_console().print, soft_wrap=True))

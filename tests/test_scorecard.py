@@ -136,6 +136,28 @@ def test_the_last_step_that_is_asked_for_is_the_last(tmp_path):
     assert status == 2 and "there is no step deploy: give one of plan, design" in err and err.count("\n") == 1
 
 
+def test_a_launched_training_is_walked_around(walked, tmp_path):
+    "Before it and after it the same command goes on; only the training itself is refused, and a wrong step makes nothing."
+    status, _, err = call("run", "--preset", "cluster-tiny", "--until", "deploy", "--run", tmp_path/"run")
+    assert status == 2 and "there is no step deploy" in err and not (tmp_path/"run").exists()
+    status, _, err = call("run", "--preset", "cluster-tiny", "--until", "prepare", "--run", tmp_path/"run")
+    assert status == 0 and (tmp_path/"run"/"machine.json").is_file(), err
+    status, _, err = call("run", "--run", tmp_path/"run")
+    assert status == 2 and "deepspeed in 2 processes" in err and err.count("\n") == 1, err
+    shutil.copytree(walked[0]/"model", tmp_path/"run"/"model")  # as if it had been launched
+    status, _, err = call("run", "--until", "pretrain", "--run", tmp_path/"run")
+    assert status == 0 and "pretrain  done before" in err, err
+
+
+def test_what_is_not_installed_is_left_out_by_name_and_the_walk_goes_on(walked, tmp_path, monkeypatch):
+    copy = Path(shutil.copytree(walked[0], tmp_path/"tiny"))
+    shutil.rmtree(copy/"bundle")
+    for name in ("onnxscript", "sklearn"): monkeypatch.setitem(sys.modules, name, None)
+    status, _, err = call("run", "--run", copy)
+    assert status == 0 and "export    left out: an export wants the package onnxscript: pip install 'llm_scratch[run]'" in err and "improve   done before" in err, err
+    assert rows_of((copy/"scorecard.html").read_text(encoding="utf-8"))[1] == ["Fine-tuning", "Safety", "Deployment"]
+
+
 def test_recipes_alone_are_held_to_the_books_promises(tmp_path):
     from llm_scratch.pipeline import _own_brief
     run = start_run(tmp_path/"run", cpu())
