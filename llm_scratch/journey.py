@@ -89,7 +89,7 @@ class Effort(NamedTuple):
     read:float # read forwards only
     steps:float # tokens written, a batch of texts counting once
 
-LATER:dict[str, Effort] = dict(evaluate=Effort(0, 9.2e4, 1170), finetune=Effort(7.8e5, 2e4, 1600), audit=Effort(0, 7e5, 4500), export=Effort(0, 3.8e4, 525), improve=Effort(2.5e5, 4e5, 1500))
+LATER:dict[str, Effort] = dict(evaluate=Effort(0, 9.2e4, 1170), finetune=Effort(7.8e5, 2e4, 1600), audit=Effort(0, 7e5, 4500), export=Effort(0, 3.8e4, 525), improve=Effort(2e5, 6.9e4, 1900))
 
 START = 1/60 # hours until a command has imported, loaded and opened what it needs; an assumption
 

@@ -1657,7 +1657,7 @@ def run_legs(
             Leg("prepare", lambda: write_machine(run.folder, _here_plan(run.preset)), is_file("machine.json")), Leg("pretrain", train, run.model.exists),
             Leg("evaluate", lambda: _evaluation(run), is_file("report.html")), Leg("finetune", lambda: _tune_leg(run, task()), lambda: is_file("tuned", f"{task()}.jsonl")(), unfit),
             Leg("audit", lambda: _audit_leg(run, promised()), is_file("audit", "manifest.json"), lambda: no_room_to_talk(run.preset) or _lacks("an audit", "sklearn")), Leg("export", lambda: export_bundle(run.folder, run.folder/"bundle"), is_file("bundle", "bundle.json"), lambda: _lacks("an export", "onnx", "onnxscript", "onnxruntime")),
-            Leg("improve", lambda: _improve_leg(run), is_file("improve", "turns", "000", "turn.json"))]
+            Leg("improve", lambda: _improve_leg(run), is_file("improve", "turns", "000", "turn.json"), lambda: _lacks("a turn of the loop", "resiliparse", "ftfy"))]
 
 
 # %% ../nbs/12_pipeline.ipynb #f6run001c

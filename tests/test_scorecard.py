@@ -151,11 +151,11 @@ def test_a_launched_training_is_walked_around(walked, tmp_path):
 
 def test_what_is_not_installed_is_left_out_by_name_and_the_walk_goes_on(walked, tmp_path, monkeypatch):
     copy = Path(shutil.copytree(walked[0], tmp_path/"tiny"))
-    shutil.rmtree(copy/"bundle")
-    for name in ("onnxscript", "sklearn"): monkeypatch.setitem(sys.modules, name, None)
+    for name in ("bundle", "improve"): shutil.rmtree(copy/name)
+    for name in ("onnxscript", "sklearn", "ftfy"): monkeypatch.setitem(sys.modules, name, None)
     status, _, err = call("run", "--run", copy)
-    assert status == 0 and "export    left out: an export wants the package onnxscript: pip install 'llm_scratch[run]'" in err and "improve   done before" in err, err
-    assert rows_of((copy/"scorecard.html").read_text(encoding="utf-8"))[1] == ["Fine-tuning", "Safety", "Deployment"]
+    assert status == 0 and "export    left out: an export wants the package onnxscript: pip install 'llm_scratch[run]'" in err and "improve   left out: a turn of the loop wants the package ftfy" in err, err
+    assert rows_of((copy/"scorecard.html").read_text(encoding="utf-8"))[1] == ["Fine-tuning", "Safety", "Deployment", "The loop"]
 
 
 def test_recipes_alone_are_held_to_the_books_promises(tmp_path):
