@@ -32,9 +32,10 @@ ANSI = re.compile(r"\x1b\[[0-9;]*m") # the colours of a traceback
 
 # Same outputs, byte for byte, in every run: widget ids come from a seeded generator, svg ids from a fixed salt, and no svg bears a date.
 SETUP = """import random, uuid
-import matplotlib, matplotlib_inline.backend_inline as inline
+import matplotlib
+matplotlib.use("module://matplotlib_inline.backend_inline") # before it is imported: it hooks itself into a kernel whose backend it is, and a forked kernel has not read MPLBACKEND
+import matplotlib_inline.backend_inline as inline
 uuid.uuid4 = lambda bits=random.Random({name!r}).getrandbits, UUID=uuid.UUID: UUID(int=bits(128), version=4)
-matplotlib.use("module://matplotlib_inline.backend_inline")
 matplotlib.rcParams["svg.hashsalt"] = "llm_scratch"
 inline.set_matplotlib_formats("svg", metadata=dict(Date=None, Creator=None))
 del random, uuid, matplotlib, inline

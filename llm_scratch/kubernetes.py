@@ -111,7 +111,7 @@ def evictions_allowed(
     return max(0, healthy - stay)
 
 # %% ../nbs/10g_kubernetes.ipynb #10g026
-PROCESS = 600e6 # bytes of Python, PyTorch, Numba with its compiler and the web server, before any model: some 575e6 were measured with PyTorch 2.13 for CPUs where nothing was compiled before, 505e6 later, 385e6 without Numba; see the test
+PROCESS = 660e6 # bytes of Python, PyTorch, Numba with its compiler and the web server, before any model: 575e6 to 675e6, by processor, were measured with PyTorch 2.13 for CPUs where nothing was compiled before, 505e6 later, 385e6 without Numba; see the test
 
 def quantity(
     n_bytes:float, # any

@@ -89,6 +89,13 @@ def test_the_check_sees_another_text_and_not_another_number(tmp_path):
     assert done.returncode == 1 and "ZeroDivisionError" in done.stdout
 
 
+def test_a_forked_kernel_shows_figures(tmp_path, nursery):
+    "Matplotlib is imported before the fork: whatever hooks its figures into cells has to come after."
+    drawn = new_output("display_data", data={"image/svg+xml":"", "text/plain":"<Figure size 1x1 with 1 Axes>"})
+    path = notebook(tmp_path/"figure.ipynb", new_code_cell("import matplotlib.pyplot as plt\nplt.subplots();", outputs=[drawn]))
+    assert not execute.run(path, save_outputs=False, check=True, timeout=LIMIT, flags="", nursery=nursery)
+
+
 def test_a_progress_bar_that_has_vanished_is_no_output(tmp_path):
     "A first run downloads and shows a bar; a second one does not."
     bar = "import ipywidgets\ndisplay(ipywidgets.Output())\nprint('done')"

@@ -203,8 +203,8 @@ PLANTED = {
     # names
     "Ingress's host": (path("Ingress", "spec", "rules", 0, "host", value="chat.example.org"), "ingress", "spec.rules[0].host", "give --allow-host chat.example.org"),
     "Service's name": (arg("--allow-host", "lm"), "service", "metadata.name", "give --allow-host llm"),
-    "memory": (pod_path(*C, "resources", "limits", "memory", value="256Mi"), "deployment", "resources.limits.memory", "704Mi"),
-    "no memory": (pod_path(*C, "resources", "limits", value={}), "deployment", "resources.limits.memory", "704Mi"),
+    "memory": (pod_path(*C, "resources", "limits", "memory", value="256Mi"), "deployment", "resources.limits.memory", "752Mi"),
+    "no memory": (pod_path(*C, "resources", "limits", value={}), "deployment", "resources.limits.memory", "752Mi"),
 }
 
 
