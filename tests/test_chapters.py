@@ -91,7 +91,7 @@ def test_the_check_sees_another_text_and_not_another_number(tmp_path):
 
 def test_a_forked_kernel_shows_figures(tmp_path, nursery):
     "Matplotlib is imported before the fork: whatever hooks its figures into cells has to come after."
-    drawn = new_output("display_data", data={"image/svg+xml":"", "text/plain":"<Figure size 1x1 with 1 Axes>"})
+    drawn = new_output("display_data", data={"image/svg+xml":"", "text/plain":"<Figure size 640x480 with 1 Axes>"})
     path = notebook(tmp_path/"figure.ipynb", new_code_cell("import matplotlib.pyplot as plt\nplt.subplots();", outputs=[drawn]))
     assert not execute.run(path, save_outputs=False, check=True, timeout=LIMIT, flags="", nursery=nursery)
 
