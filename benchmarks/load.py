@@ -45,10 +45,10 @@ INSIDE = "llm_server_running", "llm_server_waiting" # gauges
 # --- servers -------------------------------------------------------------------------------------------------------
 
 @contextmanager
-def started(run:Path, folder:Path, name:str, *, slots:int=8, waiting:int=256, port:int=0)->Iterator[subprocess.Popen]:
+def started(run:Path, folder:Path, name:str, *, slots:int=8, waiting:int=256, port:int=0, program:tuple[str, str]=("-m", "llm_scratch"))->Iterator[subprocess.Popen]:
     "A server that is starting; its address is found in what it says."
     with open(folder/f"{name}.log", "w") as log:
-        command = [sys.executable, "-m", "llm_scratch", "serve", run, "--port", port, "--slots", slots, "--waiting", waiting]
+        command = [sys.executable, *program, "serve", run, "--port", port, "--slots", slots, "--waiting", waiting]
         server = subprocess.Popen([*map(str, command)], cwd=ROOT, env=os.environ | dict(PYTHONPATH=str(ROOT), PYTHONUNBUFFERED="1"), stdout=log, stderr=subprocess.STDOUT)
     try: yield server
     finally:
@@ -125,6 +125,28 @@ def clients(run:Path, tiny:bool)->dict:
         rows.append(row_of(later, clients=n, rate=spread([token_rate(load, load.seconds/6).mean for load, _ in runs]), requests=spread([sum(load.seconds/6 < t.done <= load.seconds for t in load.trips)/(load.seconds*5/6) for load, _ in runs]),
                            inside=[round(mean(x), 2) for x in zip(*known)], per_cpu=spread([sum(t.n_tokens for t in load.trips)/a["server_cpu"] for load, a in runs if a["server_cpu"]]), generator_share=spread([a["generator_cpu"]/a["server_cpu"] for _, a in runs if a["server_cpu"]])))
     return dict(slots=8, rounds=rounds, rows=rows)
+
+WAITS = "-c", """
+import socket
+from llm_scratch import pipeline, server
+listening = server._listening
+def waits(host, port):
+    sock = listening(host, port)
+    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 0)
+    return sock
+server._listening = waits
+pipeline.main()
+""" # the server with the system's own choice: a small piece waits until the one before is confirmed
+
+def pieces(run:Path, tiny:bool)->dict:
+    "One client before a server that sends each piece at once, and before one whose system waits for confirmations, taking turns."
+    seconds, rounds, got = 1.5 if tiny else 5., 1 if tiny else 3, {}
+    with tempfile.TemporaryDirectory() as tmp, ExitStack() as stack:
+        up = {name:(stack.enter_context(started(run, Path(tmp), name, slots=1, program=program)), Path(tmp)/f"{name}.log") for name, program in {"at once":("-m", "llm_scratch"), "held back":WAITS}.items()}
+        urls = {name:address(*server) for name, server in up.items()}
+        for k in range(rounds):
+            for name, url in urls.items(): got.setdefault(name, []).append(run_load(url, make_asks(200+k, tokens=SHORT), clients=1, seconds=seconds))
+    return {name:row_of(loads) for name, loads in got.items()}
 
 def public(run:Path, tiny:bool)->dict:
     "By the clock, at shares of what a server can do, with one slot and with eight."
@@ -207,7 +229,7 @@ def soak(run:Path, tiny:bool)->dict:
     blocks = [[round(k*seconds/60, 1), round(mean(m for t, m in zip(at, memory) if k*seconds/60 <= t < (k+1)*seconds/60)/2**20, 2)] for k in range(60) if any(k*seconds/60 <= t < (k+1)*seconds/60 for t in at)]
     return row_of([load], seconds=round(load.seconds, 1), rate=[round(x, 2) for x in (lambda r: (r.mean, r.stderr))(token_rate(load, min(20., seconds/5), 10))], slope=[round(x, 1) for x in slope], mebibytes=blocks, server_cpu=round(seen[-1][2]-seen[0][2], 1), generator_cpu=round(load.cpu_seconds, 1))
 
-PARTS = dict(slots=slots, clients=clients, public=public, stall=stall, busy=busy, failover=failover, soak=soak)
+PARTS = dict(slots=slots, clients=clients, pieces=pieces, public=public, stall=stall, busy=busy, failover=failover, soak=soak)
 
 # --- all of it -----------------------------------------------------------------------------------------------------
 
