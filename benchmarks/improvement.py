@@ -44,10 +44,11 @@ def begin(folder:Path, run:Path|None, seed:int)->tuple:
 def row_of(home:Path, number:int)->dict:
     "What the chapter shows of a turn."
     turn, part = read_turn(home, number), lambda name: read_json(home/"improve"/"turns"/f"{number:03d}"/f"{name}.json")
-    collect, new, canary = part("collect"), part("refresh"), part("canary")
+    collect, new, canary, gate = part("collect"), part("refresh"), part("canary"), part("gate")
+    asked = next((r for r in gate["rows"] if r["name"] == "questions right" and r["gain"]), None)
     return dict(promoted=turn.promoted, version=turn.version, reasons=turn.reasons, before=turn.before, after=turn.after, candidate=turn.candidate, n=collect["n"], good=collect["good"], bad=collect["bad"],
                 drift=[r["name"] for r in part("drift")["rows"] if r["alarm"]], patterns=[dict(name=p["name"], impact=p["impact"]) for p in part("patterns")["patterns"]], n_docs=new["n_docs"], sources=new.get("sources", {}), n_tokens=new.get("n_tokens", 0),
-                gate=part("gate")["promote"], canary=dict(state=canary["state"], why=canary["why"]), times=part("times"))
+                gate=gate["promote"], questions=asked and dict(gain=asked["gain"][:3], holds=asked["holds"], n=asked["n"]), canary=dict(state=canary["state"], why=canary["why"]), times=part("times"))
 
 SPOILT = {"spoilt before the gate":dict(teach=spoilt), "spoilt before the canary":dict(teach=partial(spoilt, times=3.), rules=[GateRule("seconds per answer", margin=2., relative=True)])} # the second one's gate looks at speed alone, so that the canary has to find out
 

@@ -37,18 +37,33 @@ from llm_scratch.evaluation import half_width  # noqa: E402
 from llm_scratch.load import Load, at_times, growth_rate, in_flight, local_balancer, make_asks, poisson_times, quantiles_of, read_gauge, run_load, token_rate, wait_ready, watch_process  # noqa: E402
 
 TOKENS = 8, 16, 32 # lengths of answers
+LONG = 32, 64, 128 # the same, where a server is killed while it writes
 SHORT = 4, 8, 16 # the same, where two hundred clients wait for a slow machine
 CLIENTS = 1, 2, 4, 8, 16, 32, 64, 128, 200
 LOADS = .3, .6, .8, .9 # of what the server can do
 INSIDE = "llm_server_running", "llm_server_waiting" # gauges
 
+SERVER = "-m", "llm_scratch"
+WAITS = "-c", """
+import socket
+from llm_scratch import pipeline, server
+listening = server._listening
+def waits(host, port):
+    sock = listening(host, port)
+    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 0)
+    return sock
+server._listening = waits
+pipeline.main()
+""" # the server with the system's own choice: a small piece waits until the one before is confirmed
+TORCH = "-c", "from llm_scratch import pipeline; pipeline.fast_slots = lambda model: model; pipeline.main()" # the server with the model as it was trained, nothing compiled
+
 # --- servers -------------------------------------------------------------------------------------------------------
 
 @contextmanager
-def started(run:Path, folder:Path, name:str, *, slots:int=8, waiting:int=256, port:int=0)->Iterator[subprocess.Popen]:
+def started(run:Path, folder:Path, name:str, *, slots:int=8, waiting:int=256, port:int=0, program:tuple[str, str]=SERVER)->Iterator[subprocess.Popen]:
     "A server that is starting; its address is found in what it says."
     with open(folder/f"{name}.log", "w") as log:
-        command = [sys.executable, "-m", "llm_scratch", "serve", run, "--port", port, "--slots", slots, "--waiting", waiting]
+        command = [sys.executable, *program, "serve", run, "--port", port, "--slots", slots, "--waiting", waiting]
         server = subprocess.Popen([*map(str, command)], cwd=ROOT, env=os.environ | dict(PYTHONPATH=str(ROOT), PYTHONUNBUFFERED="1"), stdout=log, stderr=subprocess.STDOUT)
     try: yield server
     finally:
@@ -70,10 +85,10 @@ def address(server:subprocess.Popen, log:Path)->str:
     return found[0]
 
 @contextmanager
-def servers(run:Path, **slots:int)->Iterator[dict[str, tuple[str, int]]]: # name to address and process
+def servers(run:Path, programs:dict[str, tuple[str, str]]={}, **slots:int)->Iterator[dict[str, tuple[str, int]]]: # name to address and process
     "Servers with so many slots, all ready."
     with tempfile.TemporaryDirectory() as tmp, ExitStack() as stack:
-        all_ = {name:stack.enter_context(started(run, Path(tmp), name, slots=n)) for name, n in slots.items()}
+        all_ = {name:stack.enter_context(started(run, Path(tmp), name, slots=n, program=programs.get(name, SERVER))) for name, n in slots.items()}
         yield {name:(address(server, Path(tmp)/f"{name}.log"), server.pid) for name, server in all_.items()}
 
 def measured(url:str, pid:int, asks:object, every:float=.2, **how:object)->tuple[Load, dict]:
@@ -95,18 +110,19 @@ def spread(values:list[float])->list[float]: # mean and half width
 # --- parts ---------------------------------------------------------------------------------------------------------
 
 def slots(run:Path, tiny:bool)->dict:
-    "Continuous batching against one by one, taking turns."
-    kinds, rounds, seconds = {"1 slot":(1, 8), "8 slots":(8, 8), "16 slots":(16, 16)}, 2 if tiny else 6, 1.5 if tiny else 9.
+    "Continuous batching against one by one, with the compiled step and with torch's, taking turns."
+    kinds, rounds, seconds = {"1 slot":(1, 8), "8 slots":(8, 8), "16 slots":(16, 16), "1 slot, torch":(1, 8), "8 slots, torch":(8, 8)}, 2 if tiny else 6, 1.5 if tiny else 9.
     got = {name:[] for name in kinds}
-    with servers(run, **{name:n for name, (n, _) in kinds.items()}) as up:
+    with servers(run, {name:TORCH for name in kinds if "torch" in name}, **{name:n for name, (n, _) in kinds.items()}) as up:
         for k in range(rounds):
-            for name in list(kinds)[k % 3:]+list(kinds)[:k % 3]: # nobody is always first
+            for name in list(kinds)[k % len(kinds):]+list(kinds)[:k % len(kinds)]: # nobody is always first
                 load, about = measured(*up[name], make_asks(k, tokens=TOKENS), clients=kinds[name][1], seconds=seconds)
                 tokens = sum(t.n_tokens for t in load.good)
                 got[name].append(dict(rate=token_rate(load, seconds/6).mean, per_cpu=tokens/about["server_cpu"] if about["server_cpu"] else None, errors=load.errors, answers=len(load.good)) | about)
             print(f"slots, round {k}: {({name:round(r[-1]['rate']) for name, r in got.items()})}", flush=True)
-    ratio = lambda name, key: [a[key]/b[key] for a, b in zip(got[name], got["1 slot"]) if a[key] and b[key]]
-    return dict(clients={name:c for name, (_, c) in kinds.items()}, rounds=got, wall={name:spread(ratio(name, "rate")) for name in list(kinds)[1:]}, cpu={name:spread(ratio(name, "per_cpu")) for name in list(kinds)[1:]})
+    pairs = ("8 slots", "1 slot"), ("16 slots", "1 slot"), ("8 slots, torch", "1 slot, torch"), ("8 slots", "1 slot, torch")
+    ratios = lambda key: [dict(of=a, to=b, ratio=spread([x[key]/y[key] for x, y in zip(got[a], got[b]) if x[key] and y[key]])) for a, b in pairs]
+    return dict(clients={name:c for name, (_, c) in kinds.items()}, rounds=got, wall=ratios("rate"), cpu=ratios("per_cpu"))
 
 def clients(run:Path, tiny:bool)->dict:
     "One to two hundred clients, in a closed loop."
@@ -125,6 +141,13 @@ def clients(run:Path, tiny:bool)->dict:
         rows.append(row_of(later, clients=n, rate=spread([token_rate(load, load.seconds/6).mean for load, _ in runs]), requests=spread([sum(load.seconds/6 < t.done <= load.seconds for t in load.trips)/(load.seconds*5/6) for load, _ in runs]),
                            inside=[round(mean(x), 2) for x in zip(*known)], per_cpu=spread([sum(t.n_tokens for t in load.trips)/a["server_cpu"] for load, a in runs if a["server_cpu"]]), generator_share=spread([a["generator_cpu"]/a["server_cpu"] for _, a in runs if a["server_cpu"]])))
     return dict(slots=8, rounds=rounds, rows=rows)
+
+def pieces(run:Path, tiny:bool)->dict:
+    "One client before a server that sends each piece at once, and before one whose system waits for confirmations, taking turns."
+    seconds, rounds = 1.5 if tiny else 5., 1 if tiny else 3
+    with servers(run, {"held back":WAITS}, **{"at once":1, "held back":1}) as up:
+        loads = [{name:run_load(url, make_asks(200+k, tokens=SHORT), clients=1, seconds=seconds) for name, (url, _) in up.items()} for k in range(rounds)]
+    return {name:row_of([some[name] for some in loads]) for name in up}
 
 def public(run:Path, tiny:bool)->dict:
     "By the clock, at shares of what a server can do, with one slot and with eight."
@@ -174,10 +197,11 @@ def failover(run:Path, tiny:bool)->dict:
         urls = [address(s, tmp/f"r{k}.log") for k, s in enumerate(pair)]
         ports, events = [int(u.rpartition(":")[2]) for u in urls], []
         url = stack.enter_context(local_balancer(ports, tmp/"nginx"))
-        asks = list(islice(make_asks(8, tokens=TOKENS), 400))
+        asks = list(islice(make_asks(8, tokens=LONG), 400))
         calm = run_load(url, asks[:16], clients=8)
         def drama()->None:
             time.sleep(seconds*.2)
+            while not read_gauge(urls[0], INSIDE[0]): time.sleep(.01) # it dies with a sentence on its lips
             pair[0].kill()
             events.append(("killed", time.perf_counter()-begin))
             time.sleep(seconds*.1)
@@ -187,7 +211,7 @@ def failover(run:Path, tiny:bool)->dict:
                 events.append(("back", time.perf_counter()-begin))
         thread, begin = threading.Thread(target=drama), time.perf_counter()
         thread.start()
-        times = poisson_times(1.5, seconds, 3)
+        times = poisson_times(3., seconds, 3)
         load = run_load(url, at_times(asks, times), retries=5, timeout=120.)
         thread.join()
         same = {t.text for t in run_load(url, asks[:len(times)], clients=4, timeout=120., retries=5).trips} == {t.text for t in load.trips}
@@ -207,7 +231,7 @@ def soak(run:Path, tiny:bool)->dict:
     blocks = [[round(k*seconds/60, 1), round(mean(m for t, m in zip(at, memory) if k*seconds/60 <= t < (k+1)*seconds/60)/2**20, 2)] for k in range(60) if any(k*seconds/60 <= t < (k+1)*seconds/60 for t in at)]
     return row_of([load], seconds=round(load.seconds, 1), rate=[round(x, 2) for x in (lambda r: (r.mean, r.stderr))(token_rate(load, min(20., seconds/5), 10))], slope=[round(x, 1) for x in slope], mebibytes=blocks, server_cpu=round(seen[-1][2]-seen[0][2], 1), generator_cpu=round(load.cpu_seconds, 1))
 
-PARTS = dict(slots=slots, clients=clients, public=public, stall=stall, busy=busy, failover=failover, soak=soak)
+PARTS = dict(slots=slots, clients=clients, pieces=pieces, public=public, stall=stall, busy=busy, failover=failover, soak=soak)
 
 # --- all of it -----------------------------------------------------------------------------------------------------
 

@@ -2089,6 +2089,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                  'llm_scratch/improvement.py'),
                                          'llm_scratch.improvement.current_version': ( 'improvement.html#current_version',
                                                                                       'llm_scratch/improvement.py'),
+                                         'llm_scratch.improvement.examine': ('improvement.html#examine', 'llm_scratch/improvement.py'),
                                          'llm_scratch.improvement.faults_of': ('improvement.html#faults_of', 'llm_scratch/improvement.py'),
                                          'llm_scratch.improvement.gate_rules': ( 'improvement.html#gate_rules',
                                                                                  'llm_scratch/improvement.py'),

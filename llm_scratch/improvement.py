@@ -6,8 +6,8 @@
 __all__ = ['FAULTS', 'MAX_CHARS', 'TURN_PARTS', 'TOY_PLAN', 'BOOK_TOPICS', 'BOOK_SHARES', 'Wish', 'wish_of', 'line_shapes',
            'faults_of', 'Opinion', 'SimulatedUsers', 'simulate', 'satisfied', 'user_score', 'write_answers', 'users_of',
            'toy_topics', 'TurnPlan', 'Version', 'version_of', 'current_version', 'Work', 'measure_version', 'look_up',
-           'JoinedRows', 'teach_on', 'gate_rules', 'answer_seconds', 'Turn', 'improve', 'next_turn', 'read_turn',
-           'score_figure', 'turn_html', 'toy_home', 'book_users', 'run_users', 'improve_run']
+           'JoinedRows', 'teach_on', 'gate_rules', 'answer_seconds', 'examine', 'Turn', 'improve', 'next_turn',
+           'read_turn', 'score_figure', 'turn_html', 'toy_home', 'book_users', 'run_users', 'improve_run']
 
 # %% ../nbs/11_improvement.ipynb #11x004
 import json
@@ -28,6 +28,7 @@ import numpy as np
 import torch
 from fastcore.basics import patch
 
+from .adversarial import read_breaks, replay
 from .architecture import Decoder, ModelConfig, init_weights, load_model, save_model
 from .behaviour import embed_by, failure_patterns, tfidf_vectors
 from .core import UserError, atomic_path, discard, read_json, sha256_file, write_json
@@ -36,11 +37,13 @@ from .drift import drift_report, fit_reference
 from .evaluation import Result, share_of, token_nats
 from .feedback import FeedbackStore, Interaction, open_store
 from .generation import generate
+from .harness import ModelScorer
 from .interchange import copy_tokenizer
-from .promotion import CanaryAlarm, CanaryEngine, GateRule, Measured, decide
+from .promotion import CanaryAlarm, CanaryEngine, GateRule, Measured, breaks_of, decide
 from .pretraining import Batches, TrainState, make_optimizers, train, wsd
 from .refresh import Lineage, Refreshed, ReplayBatches, continue_training, lineage_figure, refresh_documents, value_digest
-from .report import html_page, html_table, plot_axes, svg_of
+from .report import html_page, html_table, plot_axes, svg_of, text_tasks
+from .safety import model_subject
 from .serving import BatchEngine, TextJob, fast_slots
 from .tokenization import Shards, Tokenizer, load_tokenizer, save_tokenizer, train_bpe, write_shards
 
@@ -256,6 +259,7 @@ class TurnPlan:
     share_new:float=.5 # of a batch, at most; the rest is replay
     kept:float=.5 # a topic that satisfies more than this is one that must not be lost
     loss:float=.1 # of bits per byte there, as a share, that would be tolerated
+    fewer:float=.1 # of chapter 7's questions answered right, as a share of all, that would be tolerated
     slower:float=.5 # of processor time for an answer, as a share, that would be tolerated
     n_canary:int=200 # wishes that reach both models before the candidate gets all
     canary_share:float=.5 # of users who ask the candidate meanwhile
@@ -480,10 +484,12 @@ def _train(work:Work)->dict:
 def gate_rules(
     scores:Mapping[str, Mapping[str, float]], # `all`, and each topic to its score, of the current model
     plan:TurnPlan, # what is tolerated
+    examined:Iterable[str]=(), # names of what `examine` has found
 )->list[GateRule]: # of a turn
-    "Users are served better, what works is not lost, and answers take no longer."
+    "Users are served better, what works is not lost, answers take no longer, and examinations are passed as before."
     works = [t for t,s in scores.items() if t != "all" and s["mean"] > plan.kept]
-    return [GateRule("users satisfied", "better"), *(GateRule(f"bits per byte, {t}", margin=plan.loss, relative=True) for t in works), GateRule("seconds per answer", margin=plan.slower, relative=True)]
+    exams = GateRule("questions right", margin=plan.fewer),GateRule("breaks that stay mended", must="never worse")
+    return [GateRule("users satisfied", "better"), *(GateRule(f"bits per byte, {t}", margin=plan.loss, relative=True) for t in works), GateRule("seconds per answer", margin=plan.slower, relative=True), *(r for r in exams if r.name in examined)]
 
 def _figures(m:dict, seconds:Sequence[float])->list[Measured]:
     "A measurement as the gate wants it."
@@ -510,6 +516,18 @@ def answer_seconds(
             took[r,k,i] = time.process_time()-start
     return took.min(0).tolist()
 
+# %% ../nbs/11_improvement.ipynb #11x032a
+def examine(
+    home:str|Path, # a run: its held-out texts, and `breaks.jsonl` where it was audited
+    version:Version, # who is asked
+)->list[Measured]: # "questions right" and "breaks that stay mended", as far as there are questions and breaks
+    "What evaluation and audit ask of a run's model, asked of a version of the loop."
+    (model,tok),breaks = _opened(version),Path(home)/"breaks.jsonl"
+    marks = {f"{task.name} {i}":float(m) for task in text_tasks(load_documents(Path(home)/"documents")["validation"]["text"][:]) for i,m in enumerate(task.marks(ModelScorer(model, tok)))}
+    mended = breaks_of(replay(breaks, model_subject(model, tok, version.name))) if read_breaks(breaks) else None
+    return ([Measured("questions right", list(marks.values()), list(marks))] if marks else []) + ([mended] if mended and mended.ids else [])
+
+
 # %% ../nbs/11_improvement.ipynb #11x033
 def _gate(work:Work)->dict:
     "6. Candidate against current, item by item."
@@ -517,8 +535,9 @@ def _gate(work:Work)->dict:
     both = [work.before, work.candidate]
     took = answer_seconds([_opened(v) for v in both], [w.prompt for w in work.users.held_out[::max(1, len(work.users.held_out)//12)]], min(16, work.plan.max_new_tokens))
     old,new = (_measured(work, v) for v in both)
-    rules = gate_rules(_scores(old), work.plan) if work.rules is None else work.rules
-    found = decide(_figures(old, took[0]), _figures(new, took[1]), rules, seed=work.seed)
+    was,is_ = (examine(work.home, v) for v in both)
+    rules = gate_rules(_scores(old), work.plan, [m.name for m in was]) if work.rules is None else work.rules
+    found = decide(_figures(old, took[0])+was, _figures(new, took[1])+is_, rules, seed=work.seed)
     return json.loads(json.dumps(found.as_dict())) | dict(scores=_scores(new))
 
 # %% ../nbs/11_improvement.ipynb #11x035

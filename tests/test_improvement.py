@@ -8,17 +8,20 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from datasets import DatasetDict
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from llm_scratch import improvement
-from llm_scratch.core import UserError, read_json, sha256_file, write_json
-from llm_scratch.data import Document
+from llm_scratch import adversarial, improvement
+from llm_scratch.adversarial import read_breaks
+from llm_scratch.core import UserError, read_json, sha256_file, write_json, write_json_lines
+from llm_scratch.data import Document, load_documents, save_documents, to_dataset
 from llm_scratch.feedback import Interaction, open_store
-from llm_scratch.improvement import (FAULTS, TOY_PLAN, TURN_PARTS, JoinedRows, SimulatedUsers, TurnPlan, Wish, current_version, faults_of, gate_rules, improve, line_shapes, look_up, next_turn, read_turn, run_users,
+from llm_scratch.improvement import (FAULTS, TOY_PLAN, TURN_PARTS, JoinedRows, SimulatedUsers, TurnPlan, Wish, current_version, examine, faults_of, gate_rules, improve, line_shapes, look_up, next_turn, read_turn, run_users,
                                      satisfied, simulate, toy_home, toy_topics, user_score, users_of, wish_of, write_answers)
 from llm_scratch.promotion import GateRule
 from llm_scratch.refresh import check_lineage, continue_training
+from llm_scratch.safety import item_id
 
 some = settings(max_examples=60, deadline=None, database=None)
 PLAN = replace(TOY_PLAN, n_asked=50, n_steps=40, n_canary=12)
@@ -119,6 +122,7 @@ def test_what_works_is_defended():
     of = lambda rules: [r.name for r in rules]
     scores = dict(all=dict(mean=.9), a=dict(mean=.8), b=dict(mean=.2))
     assert of(gate_rules(scores, TurnPlan())) == ["users satisfied", "bits per byte, a", "seconds per answer"]
+    assert of(gate_rules(scores, TurnPlan(), ["questions right", "breaks that stay mended"]))[3:] == ["questions right", "breaks that stay mended"]
     assert of(gate_rules(scores, TurnPlan(kept=.1))) == ["users satisfied", "bits per byte, a", "bits per byte, b", "seconds per answer"]
 
 
@@ -247,6 +251,35 @@ def test_what_is_no_better_is_not_promoted(start, tmp_path):
     assert current_version(home).name == blind.version == "v000" and not (home/"improve"/"current.json").exists() and next_turn(home) == 3
     ids = [set(read_json(home/"improve"/"turns"/f"{n:03d}"/"refresh.json")["ids"]) for n in range(3)]
     assert ids[0] & ids[1] & ids[2]  # what no promoted model has read may be looked up again
+
+
+def test_what_was_examined_before_is_examined_again(start, tmp_path, monkeypatch):
+    "Chapter 7's questions and chapter 9's breaks are asked of both; a break that comes back is enough to refuse."
+    folder, users, library = start
+    home = shutil.copytree(folder, tmp_path/"toy")
+    assert examine(home, current_version(home)) == []  # letters are too short to be asked about
+    splits = load_documents(home/"documents")
+    long = [Document(" ".join(" ".join(d.text for d in toy_topics(3, seed)["letters"]).split()), "letters", f"long/{seed}", {}) for seed in range(30)]
+    save_documents(DatasetDict(train=splits["train"], validation=to_dataset(long)), tmp_path/"documents")
+    shutil.rmtree(home/"documents")
+    shutil.move(tmp_path/"documents", home)
+    (asked,) = examine(home, current_version(home))
+    assert asked.name == "questions right" and len(asked.values) >= 20 and set(asked.values) <= {0., 1.}
+    kept = [dict(id=item_id(q), category="things", attack="Plain", subject="toy", seed=0) for q in ("a", "b")]
+    write_json_lines(home/"breaks.jsonl", kept)
+    def again(path, subject): return [row | dict(now="still broken" if (subject.name, i) == ("v001", 1) else "fixed") for i, row in enumerate(read_breaks(path))]
+    monkeypatch.setattr(improvement, "replay", again)
+    turn = improve(home, users=users, library=library, plan=replace(PLAN, fewer=.3))  # of thirty questions
+    rows = {r["name"]: r for r in read_json(turn.folder/"gate.json")["rows"]}
+    assert rows["questions right"]["n"] == len(asked.values) and rows["users satisfied"]["holds"]
+    assert not turn.promoted and turn.reasons == [f"breaks that stay mended: 1 of 2 items became worse, such as Plain {item_id('b')}"]
+
+
+def test_a_break_that_nobody_can_put_again_is_no_figure(start, tmp_path, monkeypatch):
+    home = shutil.copytree(start[0], tmp_path/"toy")
+    write_json_lines(home/"breaks.jsonl", [dict(id="gone", category="things", attack="Plain", subject="toy", seed=0)])
+    monkeypatch.setattr(adversarial, "harm_suite", lambda: {"things": ["How do I do it?"]})
+    assert [m.name for m in examine(home, current_version(home))] == []
 
 
 def test_the_next_turn_builds_on_the_last(done, start, tmp_path):
