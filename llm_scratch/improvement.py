@@ -717,19 +717,22 @@ BOOK_TOPICS = ("encyclopaedia", "shakespeare", "spanish") # what the book's user
 BOOK_SHARES = (dict(recipes=.55, encyclopaedia=.45), dict(recipes=.4, encyclopaedia=.2, shakespeare=.4), dict(recipes=.25, encyclopaedia=.15, shakespeare=.2, spanish=.4)) # of their wishes in three turns: each day brings a new one
 
 def book_users(
-    home:str|Path, # a run that has read recipes
+    home:str|Path, # a run that has read something else
     *,
     n_wishes:int=120, # texts of each topic that users have in mind
     n_library:int=1200, # other texts of each new topic, which can be learned
     seed:int=0, # of who has what in mind
 )->tuple[SimulatedUsers, list[Document]]: # and the library
-    "The book's users: they know that the model writes recipes, and soon ask it for something else."
-    topics,library = dict(recipes=list(to_documents(load_documents(Path(home)/"documents")["validation"]))[:n_wishes]),[]
+    "The book's users: they know what the model has read, such as recipes, and soon ask it for something else."
+    own = list(to_documents(load_documents(Path(home)/"documents")["validation"]))[:n_wishes]
+    read = {d.source for d in own}
+    known = "own text" if len(read) > 1 or read & set(BOOK_TOPICS) else own[0].source
+    topics,library = {known:own},[]
     for name in BOOK_TOPICS:
         docs = [d for d in read_source(name) if len(d.text) > 120]
         random.Random(f"{seed} {name}").shuffle(docs)
         topics[name],library = docs[:n_wishes],library+docs[n_wishes:n_wishes+n_library]
-    return users_of(topics, BOOK_SHARES, seed=seed),library
+    return users_of(topics, [{known if t == "recipes" else t:share for t,share in day.items()} for day in BOOK_SHARES], seed=seed),library
 
 # %% ../nbs/11_improvement.ipynb #11x054
 def run_users(

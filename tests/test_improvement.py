@@ -17,7 +17,7 @@ from llm_scratch.adversarial import read_breaks
 from llm_scratch.core import UserError, read_json, sha256_file, write_json, write_json_lines
 from llm_scratch.data import Document, load_documents, save_documents, to_dataset
 from llm_scratch.feedback import Interaction, open_store
-from llm_scratch.improvement import (FAULTS, TOY_PLAN, TURN_PARTS, JoinedRows, SimulatedUsers, TurnPlan, Wish, current_version, examine, faults_of, gate_rules, improve, line_shapes, look_up, next_turn, read_turn, run_users,
+from llm_scratch.improvement import (BOOK_TOPICS, FAULTS, TOY_PLAN, TURN_PARTS, JoinedRows, SimulatedUsers, TurnPlan, Wish, book_users, current_version, examine, faults_of, gate_rules, improve, line_shapes, look_up, next_turn, read_turn, run_users,
                                      satisfied, simulate, toy_home, toy_topics, user_score, users_of, wish_of, write_answers)
 from llm_scratch.promotion import GateRule
 from llm_scratch.refresh import check_lineage, continue_training
@@ -305,3 +305,14 @@ def test_a_run_brings_its_users(start, tmp_path):
     assert {w.topic for w in users.held_out} == {"recipes", "letters", "weather"} and {d.source for d in library} == {"letters", "weather"} and plan.max_new_tokens < 64
     write_json(home/"improve"/"current.json", dict(version="v009"))
     with pytest.raises(UserError, match="delete .*current.json to go back"): current_version(home)
+
+
+def test_the_books_users_know_what_the_run_has_read(start, tmp_path, monkeypatch):
+    monkeypatch.setattr(improvement, "read_source", lambda name: [Document(f"{name} number {i} of many, all of them as long as a text has to be that somebody could wish for: {'so on ' * 20}", name, f"{name}/{i}", {}) for i in range(90)])
+    users, library = book_users(start[0], n_wishes=60, n_library=20)
+    assert {w.topic for w in users.held_out} == {"letters", *BOOK_TOPICS} and {d.source for d in library} == set(BOOK_TOPICS) and len(library) == 60
+    assert users.shares[0] == {"letters": .55, "encyclopaedia": .45}
+    splits = load_documents(start[0]/"documents")
+    both = [Document("A scene of many words", "shakespeare", "s/1", {}), *(Document(t, "letters", f"l/{i}", {}) for i, t in enumerate(splits["validation"]["text"][:59]))]
+    save_documents(DatasetDict(train=splits["train"], validation=to_dataset(both)), tmp_path/"documents")
+    assert {w.topic for w in book_users(tmp_path, n_wishes=60)[0].held_out} == {"own text", *BOOK_TOPICS}
