@@ -200,11 +200,11 @@ def tell_finetuning(
     rows = {r["name"]:r for r in json_lines_so_far(tasks[0])}
     pairs = {n.removesuffix(", after"):(rows[n.removesuffix("after")+"before"], r) for n,r in rows.items() if n.endswith(", after") and n.removesuffix("after")+"before" in rows}
     forms = {n:p for n,p in pairs.items() if n.startswith("form")} or pairs
-    named = {n:_bar(r) for n,r in rows.items() if n.startswith("clauses named rightly")}
-    shown = named or {f"{n.removeprefix('form of answers, ')}, {when}":_bar(r) for n,(a, b) in forms.items() for when,r in (("after", b), ("before", a))}
+    named = {n.removeprefix("clauses named rightly, "):_bar(r) for n,r in rows.items() if n.startswith("clauses named rightly")} # the best one, each method, and their rivals
+    shown = dict(list(named.items())[len(named) > 1:]) or {f"{n.removeprefix('form of answers, ')}, {when}":_bar(r) for n,(a, b) in forms.items() for when,r in (("after", b), ("before", a))}
     best = next(iter(named)) if named else ""
     says = f"{best}: {named[best][0]:.3f} ± {named[best][1]:.3f}." if named else "; ".join(f"{n}: {a['mean']:.2f} → {b['mean']:.2f}" for n,(a, b) in forms.items()) + "."
-    return Told(f"Tuned for {', '.join(p.stem for p in tasks)}. {says}", _bars(dict(list(shown.items())[:8]), "share") if shown else None, _there(folder, *(f"tuned/{p.stem}.md" for p in tasks)))
+    return Told(f"Tuned for {', '.join(p.stem for p in tasks)}. {says}", _bars(dict(list(shown.items())[:8]), "named rightly" if named else "share") if shown else None, _there(folder, *(f"tuned/{p.stem}.md" for p in tasks)))
 
 def tell_safety(
     folder:Path, # of a run
