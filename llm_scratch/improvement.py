@@ -527,7 +527,6 @@ def examine(
     mended = breaks_of(replay(breaks, model_subject(model, tok, version.name))) if read_breaks(breaks) else None
     return ([Measured("questions right", list(marks.values()), list(marks))] if marks else []) + ([mended] if mended and mended.ids else [])
 
-
 # %% ../nbs/11_improvement.ipynb #11x033
 def _gate(work:Work)->dict:
     "6. Candidate against current, item by item."
@@ -535,9 +534,9 @@ def _gate(work:Work)->dict:
     both = [work.before, work.candidate]
     took = answer_seconds([_opened(v) for v in both], [w.prompt for w in work.users.held_out[::max(1, len(work.users.held_out)//12)]], min(16, work.plan.max_new_tokens))
     old,new = (_measured(work, v) for v in both)
-    was,is_ = (examine(work.home, v) for v in both)
+    was,now = (examine(work.home, v) for v in both)
     rules = gate_rules(_scores(old), work.plan, [m.name for m in was]) if work.rules is None else work.rules
-    found = decide(_figures(old, took[0])+was, _figures(new, took[1])+is_, rules, seed=work.seed)
+    found = decide(_figures(old, took[0])+was, _figures(new, took[1])+now, rules, seed=work.seed)
     return json.loads(json.dumps(found.as_dict())) | dict(scores=_scores(new))
 
 # %% ../nbs/11_improvement.ipynb #11x035
