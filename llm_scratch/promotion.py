@@ -731,6 +731,7 @@ def close(
     last.start()
     self.current.close(drain, timeout)
     last.join(5)
+    self._thread.join(5)
 
 # %% ../nbs/11e_promotion.ipynb #11e0865
 class CanaryFeedback:
