@@ -523,9 +523,11 @@ def examine(
 )->list[Measured]: # "questions right" and "breaks that stay mended", as far as there are questions and breaks
     "What evaluation and audit ask of a run's model, asked of a version of the loop."
     (model,tok),breaks = _opened(version),Path(home)/"breaks.jsonl"
-    marks = {f"{task.name} {i}":float(m) for task in text_tasks(load_documents(Path(home)/"documents")["validation"]["text"][:]) for i,m in enumerate(task.marks(ModelScorer(model, tok)))}
-    mended = breaks_of(replay(breaks, model_subject(model, tok, version.name))) if read_breaks(breaks) else None
-    return ([Measured("questions right", list(marks.values()), list(marks))] if marks else []) + ([mended] if mended and mended.ids else [])
+    tasks = text_tasks(load_documents(Path(home)/"documents")["validation"]["text"][:])
+    marks = {f"{t.name} {i}":mark for t in tasks for i,mark in enumerate(t.marks(ModelScorer(model, tok)))}
+    found = [Measured("questions right", list(marks.values()), list(marks))]
+    if read_breaks(breaks): found.append(breaks_of(replay(breaks, model_subject(model, tok, version.name))))
+    return [m for m in found if m.ids]
 
 # %% ../nbs/11_improvement.ipynb #11x033
 def _gate(work:Work)->dict:

@@ -106,13 +106,13 @@ def products_gain(
     "How many times as fast as usual PyTorch's other library multiplies float32 matrices on this CPU, with no larger error."
     a,b = torch.randn(2, n, n, generator=torch.Generator().manual_seed(0))
     exact = a.double() @ b.double()
-    def tried()->tuple[list[float], float]: # seconds, and the length of the error
-        return _thread_times(lambda: a @ b, 4),float(((a @ b).double() - exact).norm())
-    usual,other = [],[]
+    product,usual,other = lambda: a @ b,[],[]
     for _ in range(5): # in turns: a processor that slows down for a moment slows both
-        seconds,error = tried()
-        with _other_library(): other_seconds,other_error = tried()
-        usual,other = usual+seconds,other+other_seconds
+        usual += _thread_times(product, 4)
+        with _other_library(): other += _thread_times(product, 4)
+    length = lambda: float((product().double() - exact).norm()) # of the error
+    error = length()
+    with _other_library(): other_error = length()
     return min(usual)/min(other) if other_error < 2*error else 1.
 
 # %% ../nbs/05_infrastructure.ipynb #if05qui3
