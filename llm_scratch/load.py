@@ -566,12 +566,10 @@ def growth_rate(
     "How fast a quantity grows: each stretch of the second half against its partner in the first."
     from llm_scratch.evaluation import half_width
     at,x = np.asarray(seconds, dtype=float),np.asarray(values, dtype=float)
-    start = at[0]+warm*(at[-1]-at[0])
-    edges = np.linspace(start, at[-1], 2*pairs+1)
-    where = np.clip(np.searchsorted(edges, at, "right")-1, -1, 2*pairs-1)
-    if any(not (where == k).any() for k in range(2*pairs)): raise UserError(f"{len(x)} values leave one of {2*pairs} stretches empty: look more often, or for longer")
-    means = np.array([x[where == k].mean() for k in range(2*pairs)])
-    slopes = (means[pairs:]-means[:pairs])/((at[-1]-start)/2)
+    late = at >= at[0]+warm*(at[-1]-at[0])
+    if late.sum() < 2*pairs: raise UserError(f"{late.sum()} values after the first {warm:.0%} of the time are too few for {2*pairs} stretches: look more often, or for longer")
+    middles,means = (np.array([part.mean() for part in np.array_split(v[late], 2*pairs)]) for v in (at, x)) # equally many values in each, since a machine that is busy looks late
+    slopes = (means[pairs:]-means[:pairs])/(middles[pairs:]-middles[:pairs])
     half = half_width(slopes)
     return Slope(float(slopes.mean()), float(slopes.mean()-half), float(slopes.mean()+half))
 

@@ -109,7 +109,9 @@ def test_growth_is_seen_and_its_absence_too():
     assert abs(flat.mean) < 1 and flat.low < 0 < flat.high and abs(leak.mean-50) < 1 and leak.low > 45
     warm = growth_rate(at, np.minimum(at, 100)*1e5)  # what fills in the first fifth is no leak
     assert warm.mean == 0
-    with pytest.raises(UserError, match="stretches empty"): growth_rate([1, 2, 3], [1, 2, 3])
+    with pytest.raises(UserError, match="2 values after the first 20% of the time are too few"): growth_rate([1, 2, 3], [1, 2, 3])
+    seldom = np.concatenate([at[:200], at[290:300], at[500:]])  # who watches a busy machine misses some looks
+    assert growth_rate(seldom, 50*seldom).mean == pytest.approx(50)
 
 
 # --- asks -------------------------------------------------------------------------------------------------------------
