@@ -85,10 +85,12 @@ def makes_five_rounds(monkeypatch, bench):
 
 
 SPOILERS = learns_other_tokens, lacks_the_last_merge, has_another_weight, makes_five_rounds, writes_another_word
+PART = "tokenizing", "tokenizing", "modelling", "optimizing", "decoding"  # of the table that each spoils
 
 
-@pytest.mark.parametrize("work, spoil", list(zip(WORK, SPOILERS)), ids=[s.__name__ for s in SPOILERS])
-def test_a_peer_that_does_other_work_is_not_timed(bench, monkeypatch, capsys, work, spoil):
+@pytest.mark.parametrize("work, spoil, part", list(zip(WORK, SPOILERS, PART)), ids=[s.__name__ for s in SPOILERS])
+def test_a_peer_that_does_other_work_is_not_timed(bench, monkeypatch, capsys, work, spoil, part):
+    monkeypatch.setattr(bench, "PAIRS", {pairs: package for pairs, package in bench.PAIRS.items() if pairs.__name__ == part})
     spoil(monkeypatch, bench)
     with pytest.raises(AssertionError, match=f"^{work}.*ours and .* differ"): bench.main(["--rounds", "1", "--tiny"])
     assert f"| {work}" not in capsys.readouterr().out
