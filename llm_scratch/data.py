@@ -26,7 +26,6 @@ from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
-from json.decoder import scanstring
 from pathlib import Path
 from typing import NamedTuple
 
@@ -254,7 +253,7 @@ def load_corpus(
     names = [names] if isinstance(names, str) else list(dict.fromkeys(names))
     if unknown := [n for n in names if n not in SOURCES]: raise UserError(f"there is no source {', '.join(unknown)}: give some of {', '.join(SOURCES)}")
     docs = (doc for name in names for doc in read_source(name))
-    return to_dataset(doc._replace(text=re.sub(r" [^\S\n]+|[^\S\n ][^\S\n]*", " ", doc.text)) for doc in docs)
+    return to_dataset(doc._replace(text=re.sub(r"[^\S\n]+", " ", doc.text)) for doc in docs)
 
 # %% ../nbs/03_data.ipynb #ecd48ec0
 def shingles(
@@ -401,16 +400,16 @@ def tiny_corpus()->"datasets.Dataset": # 24 documents, columns `text, source, id
     return to_dataset(Document(recipe_text(title, ingredients.split(";"), steps.split(";")), "tiny", f"tiny/{title}", {}) for title,ingredients,steps in rows)
 
 # %% ../nbs/03_data.ipynb #a3r0ugh2
-_DOCUMENTATION = re.compile(r'"documentation"\s*:\s*"') # within a text of JSON a quotation mark has a backslash before it
-
-def _documentation(described:str)->Iterator[str]:
-    "What a description of a web service, as JSON, says to its reader: HTML, in every corner of it."
-    return (scanstring(described, m.end())[0] for m in _DOCUMENTATION.finditer(described))
+def _documentation(node:object)->Iterator[str]:
+    "What a description of a web service says to its reader: HTML, in every corner of it."
+    for key,value in node.items() if isinstance(node, dict) else enumerate(node) if isinstance(node, list) else ():
+        if key == "documentation" and isinstance(value, str): yield value
+        else: yield from _documentation(value)
 
 def _manuals(wheel:zipfile.ZipFile)->Iterator[Entry]:
     for member in sorted(n for n in wheel.namelist() if n.endswith("service-2.json.gz")):
         _,_,service,api,_ = member.split("/")
-        for i,text in enumerate(_documentation(gzip.decompress(wheel.read(member)).decode("utf-8"))): yield f"{service}/{api}/{i:05d}", text, {}
+        for i,text in enumerate(_documentation(json.loads(gzip.decompress(wheel.read(member))))): yield f"{service}/{api}/{i:05d}", text, {}
 
 def _crawl(wheel:zipfile.ZipFile)->Iterator[Entry]:
     for i,row in enumerate(wheel_rows(wheel, "evals/registry/data/text_compression/samples.jsonl")): yield f"{i:03d}", row["text"], dict(kind=row["type"])
