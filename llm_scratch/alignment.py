@@ -120,8 +120,9 @@ def corrupt(
     if unknown := [k for k in kinds if k not in CORRUPTIONS]: raise UserError(f"there is no rule {unknown[0]}: give some of {', '.join(CORRUPTIONS)}")
     steps,out = [steps_of_answer(answer) for _,answer in examples],[]
     for i,(prompt,answer) in enumerate(examples):
-        for kind in kinds if steps[i] else ():
-            others = [s for s in steps if s and s != steps[i]] or [steps[i]]
+        if not steps[i]: continue
+        others = [s for s in steps if s and s != steps[i]] or [steps[i]]
+        for kind in kinds:
             worse = as_answer(CORRUPTIONS[kind](steps[i], others, random.Random(f"{seed} {kind} {prompt}{answer}")))
             if worse != as_answer(steps[i]): out.append(Preference(prompt, as_answer(steps[i]), worse, kind))
     return out
