@@ -4,6 +4,7 @@ A kernel shares no variable with another one: each is a process of its own, fork
 The names still have to be imported in the chapter, which then costs nothing. Left out is what asks at its import whether it is in a notebook: pyplot's backend, widgets, tqdm.auto and all that uses it, such as datasets, and what starts a thread, as pyarrow does.
 Where a process cannot be forked, as on Windows, kernels are started as always.
 """
+import gc
 import json
 import os
 import signal
@@ -46,6 +47,8 @@ def serve()->None:
     "Fork a kernel for each line of stdin; tell its process number; with the last line, all end."
     for name in SHARED:
         with suppress(ImportError): import_module(name)
+    gc.collect()
+    gc.freeze() # a kernel's garbage collector leaves what was imported alone
     sys.path.remove(os.path.dirname(os.path.abspath(__file__))) # a kernel does not find this folder
     signal.signal(signal.SIGCHLD, bury)
     kernels = []
