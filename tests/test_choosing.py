@@ -3,7 +3,7 @@ import math
 from dataclasses import fields, replace
 
 import pytest
-from hypothesis import assume, given, settings, strategies as st
+from hypothesis import assume, example, given, settings, strategies as st
 
 from llm_scratch.choosing import (OPTIONS, PEAK, RIGHTS, Flip, Option, Situation, even_months, even_requests, expected_quality, explain, flips, judge, machines_busy, price_flips, recommend, running_cost, situation_of, swings, total_cost)
 from llm_scratch.core import UserError
@@ -133,6 +133,7 @@ def test_what_makes_no_sense_is_said(wrong, said):
 # --- flips ---------------------------------------------------------------------------------------------------------
 
 @settings(max_examples=15, deadline=None)
+@example(Situation(1., 1., 1., 1., distance=0., needed=.5, examples=500., own_tokens=1e5, people=1., first_word=.25))
 @given(anything)
 def test_a_flip_flips_and_just_before_it_does_not(s):
     name, found = recommend(s).name, flips(s)
@@ -141,7 +142,7 @@ def test_a_flip_flips_and_just_before_it_does_not(s):
         assert f.before == name != f.after == recommend(replace(s, **{f.field: f.then})).name and f.now == getattr(s, f.field)
         if not isinstance(f.now, (bool, str)):
             near = f.then + (f.now - f.then)*1e-6
-            assert recommend(replace(s, **{f.field: near})).name == name
+            assert near == f.then or recommend(replace(s, **{f.field: near})).name == name  # who stands on the very edge flips with the next number there is
 
 
 @settings(max_examples=15, deadline=None)
