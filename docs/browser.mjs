@@ -114,8 +114,7 @@ async function visit(file, page) {
   await shot(page, `${name}-light`);
 
   const before = await page.evaluate(theme);
-  if (!report.pages) for (let i = 0; i < 3 && !(await page.evaluate(theme)).startsWith('dark'); i++) await page.locator('.theme-toggle:visible').first().click();
-  else await page.evaluate(() => { document.body.dataset.theme = 'dark'; }); // which the button does; it is the same one on each page
+  await page.evaluate(() => { document.body.dataset.theme = 'dark'; });
   const after = await page.evaluate(theme);
   if (!after.startsWith('dark') || after.split(' rgb')[1] === before.split(' rgb')[1]) problem(file, `the dark theme does not come: ${before} to ${after}`);
   for (const what of await page.evaluate(faint)) problem(file, `dark: ${what}`);
@@ -131,6 +130,13 @@ async function visit(file, page) {
   await page.evaluate(() => localStorage.clear()); // the next visitor is a new one: the chosen theme is remembered
   await page.goto('about:blank'); // or the next change of size would lay this page out again
   report.pages++;
+}
+
+async function button(page) { // what brings the dark theme; it is the same one on each page
+  await open('index.html', page);
+  for (let i = 0; i < 3 && !(await page.evaluate(theme)).startsWith('dark'); i++) await page.locator('.theme-toggle:visible').first().click();
+  if (!(await page.evaluate(theme)).startsWith('dark')) problem('index.html', 'the button does not bring the dark theme');
+  await page.evaluate(() => localStorage.clear());
 }
 
 async function search(page) {
@@ -153,6 +159,7 @@ try {
     await page.close();
     page = await tab();
   });
+  await button(page);
   if (options.search) await search(page);
 } finally {
   await browser.close();

@@ -17,11 +17,11 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import redirect_stderr
 from dataclasses import dataclass
 from io import StringIO
-from itertools import islice
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+from fastcore.basics import chunked
 
 from .core import UserError, optional_package
 from .data import SOURCES, fetch, wheel_rows
@@ -194,14 +194,13 @@ def find_leaks(
     "Which questions has the training text seen: a text in a field of the doc, or the question with its answer?"
     left = {f"{name} {i}":[*(v for v in doc.values() if isinstance(v, str)), whole] for name,task in tasks.items() for i,(doc,whole) in enumerate(zip(task.docs, said_with_answer(task)))}
     left = {key:own for key,own in left.items() if max(len(re.findall(r"\w+", t)) for t in own) >= shortest}
-    found,texts = {},iter(texts)
+    found = {}
     while left: # a text that quotes two questions tells of one at a time
         check = Decontaminate.against(left, n, shortest)
-        blocks = iter(lambda: list(islice(texts, 16)), []) # most hold nothing, and one look tells
-        hits = [(t, hit) for block in blocks if check.find("\n".join(block)) for t in block if (hit := check.find(t))]
+        hits = [(t, hit) for block in chunked(texts, 16) if check.find("\n".join(block)) for t in block if (hit := check.find(t))] # most blocks hold nothing, and one look tells
         if not hits: break
         for _,(key,run) in hits: found.setdefault(key, run)
-        left,texts = {key:own for key,own in left.items() if key not in found},(t for t,_ in hits)
+        left,texts = {key:own for key,own in left.items() if key not in found},[t for t,_ in hits]
     return {name:[found.get(f"{name} {i}") for i in range(len(task.docs))] for name,task in tasks.items()}
 
 def split_marks(
