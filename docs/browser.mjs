@@ -159,7 +159,7 @@ try {
     await page.close();
     page = await tab();
   });
-  await button(page);
+  await button(page).catch(e => problem('index.html', String(e).split('\n')[0]));
   if (options.search) await search(page);
 } finally {
   await browser.close();
